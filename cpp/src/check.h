@@ -1,0 +1,41 @@
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+#include "binconv/binconv.h"
+
+// Argument checks. All of them run before anything is written or launched.
+
+namespace binconv {
+
+template <class... Parts>
+[[noreturn]] void fail(Status status, const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Error(status, message.str());
+}
+
+template <class... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) fail(Status::kInvalidArgument, parts...);
+}
+
+const char* to_string(DataType type);
+int64_t element_bytes(DataType type);  // Not for kBits.
+
+// The product of sizes, as an error that names `what` where it does not fit into 63 bits.
+int64_t checked_product(const char* what, std::initializer_list<int64_t> factors);
+
+void check_type(const char* name, DataType type, std::initializer_list<DataType> allowed);
+void check_layout(const char* name, Layout layout);
+void check_pointer(const char* name, const void* pointer, int64_t alignment);
+void check_image(const ImageShape& shape, const std::string& prefix = "");
+void check_weight(const WeightShape& shape);
+void check_conv2d(const Conv2dShape& shape);
+
+inline constexpr int64_t kPackedAlignment = 16;
+
+}  // namespace binconv

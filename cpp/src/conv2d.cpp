@@ -1,0 +1,99 @@
+#include "binconv/conv2d.h"
+
+#include "check.h"
+#include "kernel_table.h"
+
+namespace binconv {
+namespace {
+
+int64_t out_extent(int64_t in, int64_t pads, int64_t dilation, int64_t kernel, int64_t stride) {
+  const int64_t room = in + pads - dilation * (kernel - 1) - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+void check_epilogue(const Epilogue& epilogue) {
+  check_type("out_type", epilogue.out_type,
+             {DataType::kInt32, DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16,
+              DataType::kBits});
+  check_layout("out_layout", epilogue.out_layout);
+  if (epilogue.out_type == DataType::kInt32) {
+    require(!epilogue.scale, "scale: got a scale for an int32 output, expected none");
+    require(!epilogue.bias, "bias: got a bias for an int32 output, expected none");
+    require(!epilogue.residual, "residual: got a residual for an int32 output, expected none");
+  }
+  if (epilogue.out_type == DataType::kBits) {
+    require(epilogue.out_layout == Layout::kNHWC, "out_layout: got kNCHW for bits, expected kNHWC");
+  } else {
+    require(!epilogue.threshold.per_channel, "threshold: got thresholds for an output of ",
+            to_string(epilogue.out_type), ", expected them for bits only");
+  }
+  constexpr int64_t kFloatAlignment = sizeof(float);
+  if (epilogue.scale) check_pointer("scale", epilogue.scale, kFloatAlignment);
+  if (epilogue.bias) check_pointer("bias", epilogue.bias, kFloatAlignment);
+  if (epilogue.threshold.per_channel) {
+    check_pointer("threshold", epilogue.threshold.per_channel, kFloatAlignment);
+  }
+  if (epilogue.residual) {
+    check_type("residual_type", epilogue.residual_type,
+               {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16});
+    check_pointer("residual", epilogue.residual, element_bytes(epilogue.residual_type));
+  }
+}
+
+const Kernel& checked_kernel(const Conv2dShape& shape, const Queue& queue) {
+  check_conv2d(shape);
+  return select_kernel(shape, target_of(queue), queue.kernel());
+}
+
+}  // namespace
+
+int64_t Conv2dShape::out_height() const {
+  return out_extent(in_height, pad_top + pad_bottom, dilation_height, weight.kernel_height,
+                    stride_height);
+}
+
+int64_t Conv2dShape::out_width() const {
+  return out_extent(in_width, pad_left + pad_right, dilation_width, weight.kernel_width,
+                    stride_width);
+}
+
+int64_t prepared_weight_bytes(const WeightShape& shape, const Queue& queue) {
+  check_weight(shape);
+  return weight_kernel(target_of(queue), queue.kernel()).prepared_bytes(shape);
+}
+
+void prepare_weight(const WeightShape& shape, const void* packed, void* prepared,
+                    const Queue& queue) {
+  check_weight(shape);
+  check_pointer("packed", packed, kPackedAlignment);
+  check_pointer("prepared", prepared, kPackedAlignment);
+  weight_kernel(target_of(queue), queue.kernel())
+      .prepare(shape, static_cast<const uint8_t*>(packed), static_cast<uint8_t*>(prepared), queue);
+}
+
+int64_t workspace_bytes(const Conv2dShape& shape, const Queue& queue) {
+  return checked_kernel(shape, queue).workspace_bytes(shape, queue);
+}
+
+void binary_conv2d(const Conv2dShape& shape, const void* input, const void* prepared_weight,
+                   const Epilogue& epilogue, void* output, void* workspace, const Queue& queue) {
+  const Kernel& kernel = checked_kernel(shape, queue);
+  check_epilogue(epilogue);
+  if (shape.batch == 0) return;
+  check_pointer("input", input, kPackedAlignment);
+  check_pointer("prepared_weight", prepared_weight, kPackedAlignment);
+  check_pointer(
+      "output", output,
+      epilogue.out_type == DataType::kBits ? kPackedAlignment : element_bytes(epilogue.out_type));
+  if (kernel.workspace_bytes(shape, queue) > 0)
+    check_pointer("workspace", workspace, kPackedAlignment);
+  kernel.launch({shape, static_cast<const uint8_t*>(input),
+                 static_cast<const uint8_t*>(prepared_weight), epilogue, output, workspace},
+                queue);
+}
+
+const char* kernel_name(const Conv2dShape& shape, const Queue& queue) {
+  return checked_kernel(shape, queue).name;
+}
+
+}  // namespace binconv

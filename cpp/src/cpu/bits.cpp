@@ -1,0 +1,118 @@
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/cpu.h"
+#include "cpu/numeric.h"
+#include "cpu/parallel.h"
+
+namespace binconv::cpu {
+namespace {
+
+// Bit i of the result is flags[i], each of the 8 being 0 or 1: the product moves byte i to bit 56 +
+// i.
+uint8_t gather_bits(const uint8_t* flags) {
+  if constexpr (std::endian::native == std::endian::little) {
+    uint64_t bytes;
+    std::memcpy(&bytes, flags, sizeof bytes);
+    return static_cast<uint8_t>((bytes * 0x0102040810204080u) >> 56);
+  }
+  uint8_t bits = 0;
+  for (int i = 0; i < 8; ++i) bits |= static_cast<uint8_t>(flags[i] << i);
+  return bits;
+}
+
+constexpr int64_t kChunkChannels = 128;  // The channels of 16 packed bytes.
+
+// One NHWC pixel.
+template <class T, class ThresholdOf>
+void pack_pixel(const T* x, int64_t channels, const ThresholdOf& threshold, uint8_t* packed) {
+  for (int64_t first = 0; first < channels; first += kChunkChannels) {
+    uint8_t flags[kChunkChannels] = {};
+    const int64_t count = std::min(kChunkChannels, channels - first);
+    for (int64_t c = 0; c < count; ++c) flags[c] = to_float(x[first + c]) >= threshold(first + c);
+    for (int64_t byte = 0; byte < kChunkChannels / 8; ++byte)
+      *packed++ = gather_bits(flags + 8 * byte);
+  }
+}
+
+// Up to kRun neighbouring pixels of an NCHW image whose channels lie `plane` elements apart.
+constexpr int64_t kRun = 256;
+
+template <class T, class ThresholdOf>
+void pack_run(const T* x, int64_t plane, int64_t count, int64_t channels,
+              const ThresholdOf& threshold, uint8_t* packed) {
+  const int64_t pixel_bytes = packed_bytes(channels);
+  for (int64_t byte = 0; byte < pixel_bytes; ++byte) {
+    uint8_t bits[kRun] = {};
+    for (int64_t c = 8 * byte; c < std::min(channels, 8 * byte + 8); ++c) {
+      const T* row = x + c * plane;
+      const float limit = threshold(c);
+      for (int64_t i = 0; i < count; ++i) bits[i] |= (to_float(row[i]) >= limit) << (c % 8);
+    }
+    for (int64_t i = 0; i < count; ++i) packed[i * pixel_bytes + byte] = bits[i];
+  }
+}
+
+template <class T, class ThresholdOf>
+void pack(const ImageShape& shape, const T* x, Layout layout, const ThresholdOf& threshold,
+          uint8_t* packed, int threads) {
+  const int64_t plane = shape.height * shape.width, channels = shape.channels;
+  const int64_t pixel_bytes = packed_bytes(channels);
+  if (layout == Layout::kNHWC) {
+    parallel_for(threads, shape.batch * plane, chunk_for(channels),
+                 [&](int, int64_t begin, int64_t end) {
+                   for (int64_t i = begin; i < end; ++i)
+                     pack_pixel(x + i * channels, channels, threshold, packed + i * pixel_bytes);
+                 });
+    return;
+  }
+  const int64_t runs = ceil_div(plane, kRun);
+  parallel_for(threads, shape.batch * runs, chunk_for(kRun * channels),
+               [&](int, int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   const int64_t image = i / runs, first = i % runs * kRun;
+                   pack_run(x + image * channels * plane + first, plane,
+                            std::min(kRun, plane - first), channels, threshold,
+                            packed + (image * plane + first) * pixel_bytes);
+                 }
+               });
+}
+
+}  // namespace
+
+void pack_bits(const ImageShape& shape, const void* x, DataType type, Layout layout,
+               const Threshold& threshold, uint8_t* packed, int threads) {
+  with_type(type, [&](auto tag) {
+    const auto* values = static_cast<const decltype(tag)*>(x);
+    if (const float* limits = threshold.per_channel) {
+      pack(shape, values, layout, [=](int64_t c) { return limits[c]; }, packed, threads);
+    } else {
+      pack(
+          shape, values, layout, [limit = threshold.value](int64_t) { return limit; }, packed,
+          threads);
+    }
+  });
+}
+
+void unpack_bits(const ImageShape& shape, const uint8_t* packed, void* x, DataType type,
+                 Layout layout, int threads) {
+  const int64_t plane = shape.height * shape.width, channels = shape.channels;
+  const int64_t pixel_bytes = packed_bytes(channels);
+  const int64_t channel_stride = layout == Layout::kNHWC ? 1 : plane;
+  const int64_t pixel_stride = layout == Layout::kNHWC ? channels : 1;
+  with_type(type, [&](auto tag) {
+    using T = decltype(tag);
+    const T signs[2] = {from_float<T>(-1.0f), from_float<T>(1.0f)};
+    parallel_for(
+        threads, shape.batch * plane, chunk_for(channels), [&](int, int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            const uint8_t* bits = packed + i * pixel_bytes;
+            T* out = static_cast<T*>(x) + i / plane * plane * channels + i % plane * pixel_stride;
+            for (int64_t c = 0; c < channels; ++c)
+              out[c * channel_stride] = signs[bits[c / 8] >> (c % 8) & 1];
+          }
+        });
+  });
+}
+
+}  // namespace binconv::cpu

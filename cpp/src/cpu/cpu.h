@@ -1,0 +1,24 @@
+#pragma once
+
+#include "kernel_table.h"
+
+// The CPU backend: the library's operations on host memory, arguments already checked.
+
+namespace binconv::cpu {
+
+CpuFeatures features();
+
+void pack_bits(const ImageShape& shape, const void* x, DataType type, Layout layout,
+               const Threshold& threshold, uint8_t* packed, int threads);
+void unpack_bits(const ImageShape& shape, const uint8_t* packed, void* x, DataType type,
+                 Layout layout, int threads);
+void abs_mean(int64_t rows, int64_t columns, const void* x, DataType type, float* out, int threads);
+void scale_channels(const ImageShape& shape, const void* x, DataType type, Layout layout,
+                    const float* scale, void* out, int threads);
+
+extern const Kernel kConv2dAvx512;
+extern const Kernel kConv2dAvx2;
+extern const Kernel kConv2dNeon;
+extern const Kernel kConv2dPortable;
+
+}  // namespace binconv::cpu

@@ -1,0 +1,273 @@
+#include "check.h"
+#include "cuda/cuda.h"
+#include "cuda/epilogue.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/numeric.cuh"
+
+// Popcount convolution on plain cores, for any shape and any GPU. The lanes of a warp are 32
+// consecutive output channels, so that weights load coalesced and activations broadcast, and each
+// thread keeps kPixels consecutive output pixels, which share the loaded weights.
+
+namespace binconv::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kPixels = 8;
+constexpr int kBlockPixels = kThreads / kWarpSize * kPixels;
+constexpr int kWordBits = 32;
+
+// Prepared weights: uint32 [taps][words][channels], then the bit counts of the taps, int32
+// [taps][channels]. The channels beyond out_channels are zero and let every lane of a warp load.
+struct PreparedLayout {
+  int64_t taps;
+  int64_t words;     // Of one tap of one channel.
+  int64_t channels;  // out_channels, rounded up to whole warps.
+
+  __host__ __device__ int64_t bit_words() const { return taps * words * channels; }
+  int64_t bytes() const { return sizeof(uint32_t) * (bit_words() + taps * channels); }
+};
+
+PreparedLayout prepared_layout(const WeightShape& shape) {
+  return {.taps = shape.kernel_height * shape.kernel_width,
+          .words = ceil_div<int64_t>(shape.in_channels / shape.groups, kWordBits),
+          .channels = ceil_div<int64_t>(shape.out_channels, kWarpSize) * kWarpSize};
+}
+
+__global__ void __launch_bounds__(kThreads)
+    prepare_kernel(PreparedLayout layout, int64_t out_channels, int64_t packed_words,
+                   const uint32_t* packed, uint32_t* prepared) {
+  for (int64_t i = grid_index(); i < layout.taps * layout.channels; i += grid_step()) {
+    const int64_t tap = i / layout.channels, channel = i - tap * layout.channels;
+    const uint32_t* from = packed + (channel * layout.taps + tap) * packed_words;
+    uint32_t* to = prepared + tap * layout.words * layout.channels + channel;
+    int count = 0;
+    for (int64_t word = 0; word < layout.words; ++word) {
+      const uint32_t bits = channel < out_channels ? from[word] : 0;
+      to[word * layout.channels] = bits;
+      count += __popc(bits);
+    }
+    prepared[layout.bit_words() + i] = count;
+  }
+}
+
+// What the kernel needs of a Conv2dShape. Extents are below 2^31.
+struct Conv {
+  const uint8_t* input;
+  const uint32_t* weights;
+  const int32_t* tap_counts;
+  PreparedLayout prepared;
+  int64_t pixel_bytes;
+  uint32_t in_height, in_width;
+  int64_t out_width;
+  uint32_t kernel_height, kernel_width;
+  uint32_t stride_height, stride_width;
+  uint32_t pad_top, pad_left;
+  uint32_t dilation_height, dilation_width;
+  int32_t pad_value;
+  int32_t group_in_channels;
+  int32_t group_out_channels;
+};
+
+// The top left tap of an output pixel. Coordinates count modulo 2^32: all that lie above or left of
+// the image come out as 2^31 or more, that is as outside.
+struct Window {
+  int64_t first_row;  // Of its image, in the rows of all images.
+  uint32_t row, column;
+};
+
+__device__ Window window_at(const Conv& conv, const Output& output, int64_t pixel) {
+  const int64_t batch = pixel / output.plane_pixels;
+  const int64_t in_plane = pixel - batch * output.plane_pixels;
+  const uint32_t row = in_plane / conv.out_width, column = in_plane % conv.out_width;
+  return {batch * conv.in_height, row * conv.stride_height - conv.pad_top,
+          column * conv.stride_width - conv.pad_left};
+}
+
+constexpr int64_t kOutside = -1;
+
+// Of the input pixel under a tap, in bytes.
+__device__ int64_t tap_offset(const Conv& conv, const Window& window, uint32_t i, uint32_t j) {
+  const uint32_t row = window.row + i * conv.dilation_height;
+  const uint32_t column = window.column + j * conv.dilation_width;
+  if (row >= conv.in_height || column >= conv.in_width) return kOutside;
+  return ((window.first_row + row) * conv.in_width + column) * conv.pixel_bytes;
+}
+
+// Loads of a group's words from a packed pixel, at word `word` with `bits` bits of the group to go.
+// Where a group is the whole pixel or starts and ends at a chunk, chunks load at once.
+struct ChunkLoad {
+  static constexpr int kWords = 4;
+  static __device__ void load(const uint8_t* group, int word, int, uint32_t (&words)[kWords]) {
+    const uint4 chunk = *reinterpret_cast<const uint4*>(group + word * sizeof(uint32_t));
+    words[0] = chunk.x, words[1] = chunk.y, words[2] = chunk.z, words[3] = chunk.w;
+  }
+};
+
+// Where it can start and end at any byte, it loads from the one or two aligned words that hold its
+// bits: these lie within the pixel, which is a multiple of 16 bytes.
+struct ByteLoad {
+  static constexpr int kWords = 1;
+  static __device__ void load(const uint8_t* group, int word, int bits, uint32_t (&words)[kWords]) {
+    const uint8_t* from = group + word * sizeof(uint32_t);
+    const int skipped = reinterpret_cast<uintptr_t>(from) % sizeof(uint32_t);
+    const uint32_t* aligned = reinterpret_cast<const uint32_t*>(from - skipped);
+    const int taken = min(bits, kWordBits);
+    const uint32_t low = aligned[0];
+    const uint32_t high = 8 * skipped + taken > kWordBits ? aligned[1] : 0;
+    words[0] = __funnelshift_r(low, high, 8 * skipped) & (~0u >> (kWordBits - taken));
+  }
+};
+
+// Counts two down for every bit of a tap that differs: an equal bit is worth 1, a differing one -1,
+// and acc starts from all bits. Null groups are outside the image.
+template <class Load>
+__device__ void subtract_differences(const Conv& conv, const uint8_t* const (&groups)[kPixels],
+                                     const uint32_t* weights, int32_t (&acc)[kPixels]) {
+  const int words = conv.prepared.words;
+#pragma unroll 1
+  for (int word = 0; word < words; word += Load::kWords) {
+    uint32_t activations[kPixels][Load::kWords] = {};
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p) {
+      if (!groups[p]) continue;
+      Load::load(groups[p], word, conv.group_in_channels - word * kWordBits, activations[p]);
+    }
+#pragma unroll
+    for (int k = 0; k < Load::kWords; ++k) {
+      if (word + k >= words) break;
+      const uint32_t weight = *weights;
+      weights += conv.prepared.channels;
+#pragma unroll
+      for (int p = 0; p < kPixels; ++p) acc[p] -= 2 * __popc(activations[p][k] ^ weight);
+    }
+  }
+}
+
+// Lane p of the warp knows the window of pixel p.
+template <class Load>
+__device__ void convolve(const Conv& conv, const Window& lane_window, int64_t channel,
+                         int64_t group, int32_t (&acc)[kPixels]) {
+  const uint8_t* input = conv.input + group * (conv.group_in_channels / 8);
+  const uint32_t* weights = conv.weights + channel;
+  const int32_t* tap_count = conv.tap_counts + channel;
+  for (int32_t& value : acc) value = conv.prepared.taps * conv.group_in_channels;
+  for (uint32_t i = 0; i < conv.kernel_height; ++i) {
+    for (uint32_t j = 0; j < conv.kernel_width; ++j) {
+      const int64_t lane_offset = tap_offset(conv, lane_window, i, j);
+      const uint8_t* groups[kPixels];
+#pragma unroll
+      for (int p = 0; p < kPixels; ++p) {
+        const int64_t offset = __shfl_sync(kWholeWarp, lane_offset, p);
+        groups[p] = offset == kOutside ? nullptr : input + offset;
+      }
+      subtract_differences<Load>(conv, groups, weights, acc);
+      // Outside, where zeros were read, this makes it pad_value, as derived in docs/conventions.md.
+      const int32_t padding = (conv.pad_value + 1) * (2 * *tap_count - conv.group_in_channels);
+#pragma unroll
+      for (int p = 0; p < kPixels; ++p) acc[p] += groups[p] ? 0 : padding;
+      weights += conv.prepared.words * conv.prepared.channels;
+      tap_count += conv.prepared.channels;
+    }
+  }
+}
+
+template <class Load>
+__global__ void __launch_bounds__(kThreads) conv2d_kernel(Conv conv, Output output) {
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int64_t channel_blocks = conv.prepared.channels / kWarpSize;
+  const int64_t blocks = ceil_div<int64_t>(output.pixels, kBlockPixels) * channel_blocks;
+  for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+    const int64_t pixel_block = block / channel_blocks;
+    const int64_t first = pixel_block * kBlockPixels + warp * kPixels;
+    if (first >= output.pixels) continue;
+    const int64_t channel = (block - pixel_block * channel_blocks) * kWarpSize + lane;
+    const int64_t valid_channel = min(channel, output.channels - 1);
+    const Window window = window_at(conv, output, min(first + lane % kPixels, output.pixels - 1));
+    int32_t acc[kPixels];
+    convolve<Load>(conv, window, channel, valid_channel / conv.group_out_channels, acc);
+    // The loop is not unrolled, to keep the code small: the accumulators shift instead.
+    const ChannelTerms terms = load_channel_terms(output.epilogue, valid_channel);
+    const int64_t end = min(first + kPixels, output.pixels);
+#pragma unroll 1
+    for (int64_t pixel = first; pixel < end; ++pixel) {
+      store_result(output, pixel, channel, terms, acc[0]);
+#pragma unroll
+      for (int p = 1; p < kPixels; ++p) acc[p - 1] = acc[p];
+    }
+  }
+}
+
+bool runs_on(const Target& target) { return target.is_cuda && target.compute_capability >= 75; }
+
+int64_t prepared_bytes(const WeightShape& shape) { return prepared_layout(shape).bytes(); }
+
+void prepare(const WeightShape& shape, const uint8_t* packed, uint8_t* prepared,
+             const Queue& queue) {
+  const PreparedLayout layout = prepared_layout(shape);
+  const int64_t packed_words = packed_bytes(shape.in_channels / shape.groups) / sizeof(uint32_t);
+  launch("prepare_weight", queue, ceil_div<int64_t>(layout.taps * layout.channels, kThreads),
+         kThreads, prepare_kernel, layout, shape.out_channels, packed_words,
+         reinterpret_cast<const uint32_t*>(packed), reinterpret_cast<uint32_t*>(prepared));
+}
+
+int64_t no_workspace(const Conv2dShape&, const Queue&) { return 0; }
+
+Conv conv_of(const Conv2dArgs& args) {
+  const Conv2dShape& shape = args.shape;
+  const WeightShape& weight = shape.weight;
+  const PreparedLayout layout = prepared_layout(weight);
+  const uint32_t* prepared = reinterpret_cast<const uint32_t*>(args.prepared_weight);
+  const auto narrow = [](int64_t extent) { return static_cast<uint32_t>(extent); };
+  return {.input = args.input,
+          .weights = prepared,
+          .tap_counts = reinterpret_cast<const int32_t*>(prepared + layout.bit_words()),
+          .prepared = layout,
+          .pixel_bytes = packed_bytes(weight.in_channels),
+          .in_height = narrow(shape.in_height),
+          .in_width = narrow(shape.in_width),
+          .out_width = shape.out_width(),
+          .kernel_height = narrow(weight.kernel_height),
+          .kernel_width = narrow(weight.kernel_width),
+          .stride_height = narrow(shape.stride_height),
+          .stride_width = narrow(shape.stride_width),
+          .pad_top = narrow(shape.pad_top),
+          .pad_left = narrow(shape.pad_left),
+          .dilation_height = narrow(shape.dilation_height),
+          .dilation_width = narrow(shape.dilation_width),
+          .pad_value = shape.pad_value,
+          .group_in_channels = static_cast<int32_t>(weight.in_channels / weight.groups),
+          .group_out_channels = static_cast<int32_t>(weight.out_channels / weight.groups)};
+}
+
+Output output_of(const Conv2dArgs& args) {
+  const int64_t plane_pixels = args.shape.out_height() * args.shape.out_width();
+  const int64_t channels = args.shape.weight.out_channels;
+  return {.epilogue = args.epilogue,
+          .data = args.output,
+          .pixels = args.shape.batch * plane_pixels,
+          .plane_pixels = plane_pixels,
+          .channels = channels,
+          .packed_words = packed_bytes(channels) / static_cast<int64_t>(sizeof(uint32_t))};
+}
+
+void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
+  const Conv conv = conv_of(args);
+  const Output output = output_of(args);
+  const int64_t blocks =
+      ceil_div<int64_t>(output.pixels, kBlockPixels) * (conv.prepared.channels / kWarpSize);
+  const bool has_chunks = args.shape.weight.groups == 1 || conv.group_in_channels % 128 == 0;
+  launch("binary_conv2d", queue, blocks, kThreads,
+         has_chunks ? conv2d_kernel<ChunkLoad> : conv2d_kernel<ByteLoad>, conv, output);
+}
+
+}  // namespace
+
+const Kernel kConv2dDirect = {.name = "cuda_direct",
+                              .runs_on = runs_on,
+                              .accepts = accepts_any_shape,
+                              .prepared_bytes = prepared_bytes,
+                              .prepare = prepare,
+                              .workspace_bytes = no_workspace,
+                              .launch = launch_conv2d};
+
+}  // namespace binconv::cuda

@@ -1,0 +1,84 @@
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "check.h"
+
+// How the host side of this folder starts kernels.
+
+namespace binconv::cuda {
+
+inline void check_cuda(cudaError_t error, const char* operation) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // The exception reports it; the application's next check must not find it
+                       // again.
+  fail(Status::kCudaError, operation, ": ", cudaGetErrorString(error));
+}
+
+// Makes a device current while it lives.
+class DeviceGuard {
+ public:
+  DeviceGuard(int device, const char* operation) {
+    check_cuda(cudaGetDevice(&previous_), operation);
+    if (previous_ == device) return;
+    check_cuda(cudaSetDevice(device), operation);
+    changed_ = true;
+  }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int previous_ = 0;
+  bool changed_ = false;
+};
+
+// Queues a kernel of one-dimensional blocks. A grid holds at most 2^31 - 1 blocks, so every kernel
+// loops until its work is done, whatever gridDim is.
+template <class... Parameters, class... Arguments>
+void launch(const char* operation, const Queue& queue, int64_t blocks, int threads,
+            void (*kernel)(Parameters...), const Arguments&... arguments) {
+  const DeviceGuard guard(queue.device(), operation);
+  cudaLaunchConfig_t config = {};
+  config.gridDim.x =
+      static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max()));
+  config.blockDim.x = threads;
+  config.stream = queue.stream();
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), operation);
+}
+
+// Run-time choices made compile-time: `function` is called with a tag that carries the type or
+// value.
+template <class Function>
+void dispatch_bool(bool value, const Function& function) {
+  value ? function(std::true_type{}) : function(std::false_type{});
+}
+
+template <class Function>
+void dispatch_float_type(DataType type, const Function& function) {
+  switch (type) {
+    case DataType::kFloat16:
+      return function(std::type_identity<__half>{});
+    case DataType::kBFloat16:
+      return function(std::type_identity<__nv_bfloat16>{});
+    default:
+      return function(std::type_identity<float>{});
+  }
+}
+
+template <class Function>
+void dispatch_value_type(DataType type, const Function& function) {
+  if (type == DataType::kInt8) return function(std::type_identity<int8_t>{});
+  dispatch_float_type(type, function);
+}
+
+}  // namespace binconv::cuda

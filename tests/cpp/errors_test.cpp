@@ -1,0 +1,545 @@
+#include <functional>
+#include <limits>
+
+#include "conv2d_check.h"
+#include "test.h"
+
+namespace binconv::test {
+namespace {
+
+constexpr int64_t kTwo31 = int64_t{1} << 31;
+constexpr int64_t kTwo62 = int64_t{1} << 62;
+constexpr int64_t kLowest = std::numeric_limits<int64_t>::min();
+constexpr int64_t kHighest = std::numeric_limits<int64_t>::max();
+constexpr Status kInvalid = Status::kInvalidArgument;
+
+// A well-formed call of everything, in memory that shows whether it was written.
+struct Call {
+  explicit Call(const Queue& q)
+      : queue(q),
+        input_buffer(q, std::vector<uint8_t>(16 * 32, 0), 16),
+        weight_buffer(q, std::vector<uint8_t>(8 * 9 * 16, 0), 16),
+        prepared_buffer(q, prepared_weight_bytes(shape.weight, q), 16),
+        output_buffer(q, 16 * 16 * 16, 16),
+        workspace_buffer(q, workspace_bytes(shape, q), 16),
+        floats_buffer(q, std::vector<float>(4096, 0.0f), 16) {
+    prepare_weight(shape.weight, weight_buffer.data(), prepared_buffer.data(), q);
+    synchronize(q);
+    prepared_buffer.check_guards("prepared weight");
+  }
+
+  void run() const { binary_conv2d(shape, input, prepared, epilogue, output, workspace, queue); }
+  void check_nothing_was_written() const {
+    output_buffer.check_untouched("output");
+    workspace_buffer.check_untouched("workspace");
+  }
+
+  Queue queue;
+  Conv2dShape shape = shape_3x3(1, 16, 4, 4, 8);
+  Buffer input_buffer, weight_buffer, prepared_buffer, output_buffer, workspace_buffer,
+      floats_buffer;
+  Epilogue epilogue;
+  const void* input = input_buffer.data();
+  const void* prepared = prepared_buffer.data();
+  void* output = output_buffer.data();
+  void* workspace = workspace_buffer.data();
+  const float* floats = floats_buffer.as<float>();
+};
+
+const void* beyond(const void* pointer, int64_t bytes) {
+  return static_cast<const uint8_t*>(pointer) + bytes;
+}
+void* beyond(void* pointer, int64_t bytes) { return static_cast<uint8_t*>(pointer) + bytes; }
+
+std::string text(int64_t value) { return std::to_string(value); }
+
+// binary_conv2d, workspace_bytes and kernel_name take the same shapes.
+void check_shape_error(const Queue& queue, const Conv2dShape& shape,
+                       const std::vector<std::string>& words) {
+  Call call(queue);
+  call.shape = shape;
+  const Context context(describe(shape));
+  const auto check = [&](const char* what, const std::function<void()>& body) {
+    check_error(__FILE__, __LINE__, what, body, kInvalid, words);
+  };
+  check("binary_conv2d", [&] { call.run(); });
+  check("workspace_bytes", [&] { workspace_bytes(shape, queue); });
+  check("kernel_name", [&] { kernel_name(shape, queue); });
+  call.check_nothing_was_written();
+}
+
+void check_weight_error(const Queue& queue, const WeightShape& shape,
+                        const std::vector<std::string>& words) {
+  const Buffer packed(queue, 4096, 16), prepared(queue, 4096, 16);
+  const auto check = [&](const char* what, const std::function<void()>& body) {
+    check_error(__FILE__, __LINE__, what, body, kInvalid, words);
+  };
+  check("prepared_weight_bytes", [&] { prepared_weight_bytes(shape, queue); });
+  check("prepare_weight", [&] { prepare_weight(shape, packed.data(), prepared.data(), queue); });
+  prepared.check_untouched("prepared");
+  Conv2dShape conv = shape_3x3(1, 16, 4, 4, 8);
+  conv.weight = shape;
+  check_shape_error(queue, conv, words);
+}
+
+void check_conv2d_size(const char* name, int64_t Conv2dShape::* member,
+                       const std::vector<int64_t>& values) {
+  for (const Queue& queue : queues()) {
+    for (int64_t value : values) {
+      Conv2dShape shape = shape_3x3(1, 16, 4, 4, 8);
+      shape.*member = value;
+      check_shape_error(queue, shape, {name, text(value)});
+    }
+  }
+}
+
+void check_weight_size(const char* name, int64_t WeightShape::* member,
+                       const std::vector<int64_t>& values) {
+  for (const Queue& queue : queues()) {
+    for (int64_t value : values) {
+      WeightShape shape{
+          .out_channels = 8, .in_channels = 16, .kernel_height = 3, .kernel_width = 3};
+      shape.*member = value;
+      check_weight_error(queue, shape, {name, text(value)});
+    }
+  }
+}
+
+}  // namespace
+
+TEST(ErrorsQueue, ThreadsBelowOneAreRejected) {
+  CHECK_ERROR(Queue::cpu(0), kInvalid, "threads", "0");
+  CHECK_ERROR(Queue::cpu(-3), kInvalid, "threads", "-3");
+  CHECK_EQ(Queue::cpu(5).threads(), 5);
+}
+
+TEST(ErrorsQueue, NegativeDeviceIsRejected) {
+  CHECK_ERROR(Queue::cuda(nullptr, -1), kInvalid, "device", "-1");
+}
+
+TEST(ErrorsQueue, CudaQueueIsNotSupportedByACpuBuild) {
+  if (*cuda_architectures() != '\0') throw Skip{"built with CUDA"};
+  CHECK_EQ(cuda_devices().size(), 0u);
+  const Queue cuda = Queue::cuda(nullptr, 0);
+  const Conv2dShape shape = shape_3x3(1, 16, 4, 4, 8);
+  const Buffer a(Queue::cpu(), 4096, 16), b(Queue::cpu(), 4096, 16);
+  CHECK_ERROR(available_kernels(cuda), Status::kNotSupported, "queue", "CUDA");
+  CHECK_ERROR(prepared_weight_bytes(shape.weight, cuda), Status::kNotSupported, "queue", "CUDA");
+  CHECK_ERROR(prepare_weight(shape.weight, a.data(), b.data(), cuda), Status::kNotSupported,
+              "queue", "CUDA");
+  CHECK_ERROR(workspace_bytes(shape, cuda), Status::kNotSupported, "queue", "CUDA");
+  CHECK_ERROR(kernel_name(shape, cuda), Status::kNotSupported, "queue", "CUDA");
+  CHECK_ERROR(binary_conv2d(shape, a.data(), a.data(), {}, b.data(), b.data(), cuda),
+              Status::kNotSupported, "queue", "CUDA");
+  const ImageShape image{1, 3, 2, 2};
+  CHECK_ERROR(pack_bits(image, a.data(), DataType::kInt8, Layout::kNCHW, {}, b.data(), cuda),
+              Status::kNotSupported, "queue", "CUDA");
+  CHECK_ERROR(unpack_bits(image, a.data(), b.data(), DataType::kInt8, Layout::kNCHW, cuda),
+              Status::kNotSupported, "queue", "CUDA");
+  CHECK_ERROR(abs_mean(1, 4, a.data(), DataType::kFloat32, b.as<float>(), cuda),
+              Status::kNotSupported, "queue", "CUDA");
+  CHECK_ERROR(scale_channels(image, a.data(), DataType::kFloat32, Layout::kNCHW, a.as<float>(),
+                             b.data(), cuda),
+              Status::kNotSupported, "queue", "CUDA");
+  b.check_untouched("output");
+}
+
+TEST(ErrorsQueue, UnknownKernelNameIsRejected) {
+  for (const Queue& base : queues()) {
+    const Queue queue = base.with_kernel("no_such_kernel");
+    Call call(base);
+    call.queue = queue;
+    CHECK_ERROR(call.run(), kInvalid, "kernel", "no_such_kernel");
+    CHECK_ERROR(workspace_bytes(call.shape, queue), kInvalid, "kernel", "no_such_kernel");
+    CHECK_ERROR(kernel_name(call.shape, queue), kInvalid, "kernel", "no_such_kernel");
+    CHECK_ERROR(prepared_weight_bytes(call.shape.weight, queue), kInvalid, "kernel",
+                "no_such_kernel");
+    CHECK_ERROR(prepare_weight(call.shape.weight, call.input, call.output, queue), kInvalid,
+                "kernel", "no_such_kernel");
+    CHECK_ERROR(kernel_name(call.shape, base.with_kernel("")), kInvalid, "kernel");
+    call.check_nothing_was_written();
+  }
+}
+
+TEST(ErrorsBits, PackedBytesRejectsChannelsBelowOne) {
+  for (int64_t channels : {int64_t{0}, int64_t{-1}, kLowest}) {
+    CHECK_ERROR(packed_bytes(channels), kInvalid, "channels", text(channels));
+  }
+}
+
+TEST(ErrorsBits, BadImageSizesAreRejected) {
+  for (const Queue& queue : queues()) {
+    const Buffer a(queue, 4096, 16), b(queue, 4096, 16);
+    const auto check = [&](const ImageShape& shape, const std::vector<std::string>& words) {
+      const auto check_call = [&](const char* what, const std::function<void()>& body) {
+        check_error(__FILE__, __LINE__, what, body, kInvalid, words);
+      };
+      check_call("packed_image_bytes", [&] { packed_image_bytes(shape); });
+      check_call("pack_bits", [&] {
+        pack_bits(shape, a.data(), DataType::kFloat32, Layout::kNHWC, {}, b.data(), queue);
+      });
+      check_call("unpack_bits", [&] {
+        unpack_bits(shape, a.data(), b.data(), DataType::kInt8, Layout::kNCHW, queue);
+      });
+      check_call("scale_channels", [&] {
+        scale_channels(shape, a.data(), DataType::kFloat32, Layout::kNCHW, a.as<float>(), b.data(),
+                       queue);
+      });
+    };
+    for (int64_t value : {int64_t{-1}, -kTwo31, kLowest}) {
+      check({value, 3, 2, 2}, {"batch", text(value)});
+      check({1, value, 2, 2}, {"channels", text(value)});
+      check({1, 3, value, 2}, {"height", text(value)});
+      check({1, 3, 2, value}, {"width", text(value)});
+    }
+    check({1, 0, 2, 2}, {"channels", "0"});
+    for (int64_t value : {kTwo62, kHighest}) {
+      check({value, 3, 2, 2}, {text(value)});
+      check({1, value, 2, 2}, {text(value)});
+      check({1, 3, value, 2}, {text(value)});
+      check({1, 3, 2, value}, {text(value)});
+    }
+    check({kTwo31, kTwo31 - 1, kTwo31 - 1, 2}, {text(kTwo31), text(kTwo31 - 1)});
+    b.check_untouched("output");
+  }
+}
+
+TEST(ErrorsBits, BadPointersAreRejected) {
+  const ImageShape shape{1, 3, 2, 2};
+  for (const Queue& queue : queues()) {
+    const Buffer a(queue, 4096, 16), b(queue, 4096, 16);
+    const auto pack = [&](const void* x, DataType type, void* packed,
+                          const float* thresholds = nullptr) {
+      pack_bits(shape, x, type, Layout::kNCHW, {0.0f, thresholds}, packed, queue);
+    };
+    CHECK_ERROR(pack(nullptr, DataType::kInt8, b.data()), kInvalid, "x", "null");
+    CHECK_ERROR(pack(a.data(), DataType::kInt8, nullptr), kInvalid, "packed", "null");
+    CHECK_ERROR(pack(beyond(a.data(), 1), DataType::kFloat16, b.data()), kInvalid, "x",
+                "multiple of 2");
+    CHECK_ERROR(pack(beyond(a.data(), 1), DataType::kBFloat16, b.data()), kInvalid, "x",
+                "multiple of 2");
+    CHECK_ERROR(pack(beyond(a.data(), 2), DataType::kFloat32, b.data()), kInvalid, "x",
+                "multiple of 4");
+    for (int offset : {1, 4, 8}) {
+      CHECK_ERROR(pack(a.data(), DataType::kInt8, beyond(b.data(), offset)), kInvalid, "packed",
+                  "multiple of 16");
+    }
+    CHECK_ERROR(
+        pack(a.data(), DataType::kInt8, b.data(), static_cast<const float*>(beyond(a.data(), 2))),
+        kInvalid, "threshold", "multiple of 4");
+    const auto unpack = [&](const void* packed, void* x, DataType type) {
+      unpack_bits(shape, packed, x, type, Layout::kNCHW, queue);
+    };
+    CHECK_ERROR(unpack(nullptr, b.data(), DataType::kInt8), kInvalid, "packed", "null");
+    CHECK_ERROR(unpack(a.data(), nullptr, DataType::kInt8), kInvalid, "x", "null");
+    CHECK_ERROR(unpack(beyond(a.data(), 8), b.data(), DataType::kInt8), kInvalid, "packed",
+                "multiple of 16");
+    CHECK_ERROR(unpack(a.data(), beyond(b.data(), 2), DataType::kFloat32), kInvalid, "x",
+                "multiple of 4");
+    CHECK_ERROR(unpack(a.data(), beyond(b.data(), 1), DataType::kFloat16), kInvalid, "x",
+                "multiple of 2");
+    b.check_untouched("output");
+  }
+}
+
+TEST(ErrorsBits, WrongTypesAndLayoutsAreRejected) {
+  const ImageShape shape{1, 3, 2, 2};
+  for (const Queue& queue : queues()) {
+    const Buffer a(queue, 4096, 16), b(queue, 4096, 16);
+    for (DataType type : {DataType::kInt32, DataType::kBits, static_cast<DataType>(99)}) {
+      const char* name = type == DataType::kInt32  ? "int32"
+                         : type == DataType::kBits ? "bits"
+                                                   : "unknown";
+      CHECK_ERROR(pack_bits(shape, a.data(), type, Layout::kNCHW, {}, b.data(), queue), kInvalid,
+                  "type", name, "float16");
+      CHECK_ERROR(unpack_bits(shape, a.data(), b.data(), type, Layout::kNCHW, queue), kInvalid,
+                  "type", name, "float16");
+    }
+    const Layout layout = static_cast<Layout>(7);
+    CHECK_ERROR(pack_bits(shape, a.data(), DataType::kInt8, layout, {}, b.data(), queue), kInvalid,
+                "layout", "7");
+    CHECK_ERROR(unpack_bits(shape, a.data(), b.data(), DataType::kInt8, layout, queue), kInvalid,
+                "layout", "7");
+    b.check_untouched("output");
+  }
+}
+
+TEST(ErrorsScale, AbsMeanRejectsBadArguments) {
+  for (const Queue& queue : queues()) {
+    const Buffer a(queue, 4096, 16), b(queue, 4096, 16);
+    const auto call = [&](int64_t rows, int64_t columns, const void* x, DataType type, float* out) {
+      abs_mean(rows, columns, x, type, out, queue);
+    };
+    constexpr DataType kType = DataType::kFloat32;
+    float* const out = b.as<float>();
+    CHECK_ERROR(call(-1, 4, a.data(), kType, out), kInvalid, "rows", "-1");
+    CHECK_ERROR(call(2, 0, a.data(), kType, out), kInvalid, "columns", "0");
+    CHECK_ERROR(call(0, 0, a.data(), kType, out), kInvalid, "columns", "0");
+    CHECK_ERROR(call(2, -5, a.data(), kType, out), kInvalid, "columns", "-5");
+    CHECK_ERROR(call(kTwo62, 4, a.data(), kType, out), kInvalid, text(kTwo62), "64 bits");
+    CHECK_ERROR(call(3, kHighest, a.data(), kType, out), kInvalid, text(kHighest), "64 bits");
+    CHECK_ERROR(call(2, 4, nullptr, kType, out), kInvalid, "x", "null");
+    CHECK_ERROR(call(2, 4, a.data(), kType, nullptr), kInvalid, "out", "null");
+    CHECK_ERROR(call(2, 4, beyond(a.data(), 2), kType, out), kInvalid, "x", "multiple of 4");
+    CHECK_ERROR(call(2, 4, beyond(a.data(), 1), DataType::kBFloat16, out), kInvalid, "x",
+                "multiple of 2");
+    CHECK_ERROR(call(2, 4, a.data(), kType, static_cast<float*>(beyond(b.data(), 2))), kInvalid,
+                "out", "multiple of 4");
+    CHECK_ERROR(call(2, 4, a.data(), DataType::kInt8, out), kInvalid, "type", "int8", "bfloat16");
+    CHECK_ERROR(call(2, 4, a.data(), DataType::kInt32, out), kInvalid, "type", "int32");
+    CHECK_ERROR(call(2, 4, a.data(), DataType::kBits, out), kInvalid, "type", "bits");
+    b.check_untouched("out");
+  }
+}
+
+TEST(ErrorsScale, ScaleChannelsRejectsBadArguments) {
+  const ImageShape shape{1, 3, 2, 2};
+  for (const Queue& queue : queues()) {
+    const Buffer a(queue, 4096, 16), b(queue, 4096, 16);
+    const auto call = [&](const void* x, DataType type, Layout layout, const void* scale,
+                          void* out) {
+      scale_channels(shape, x, type, layout, static_cast<const float*>(scale), out, queue);
+    };
+    constexpr DataType kType = DataType::kFloat32;
+    constexpr Layout kLayout = Layout::kNCHW;
+    CHECK_ERROR(call(nullptr, kType, kLayout, a.data(), b.data()), kInvalid, "x", "null");
+    CHECK_ERROR(call(a.data(), kType, kLayout, nullptr, b.data()), kInvalid, "scale", "null");
+    CHECK_ERROR(call(a.data(), kType, kLayout, a.data(), nullptr), kInvalid, "out", "null");
+    CHECK_ERROR(call(beyond(a.data(), 2), kType, kLayout, a.data(), b.data()), kInvalid, "x",
+                "multiple of 4");
+    CHECK_ERROR(call(a.data(), kType, kLayout, beyond(a.data(), 2), b.data()), kInvalid, "scale",
+                "multiple of 4");
+    CHECK_ERROR(call(a.data(), kType, kLayout, a.data(), beyond(b.data(), 1)), kInvalid, "out",
+                "multiple of 4");
+    for (DataType type : {DataType::kInt8, DataType::kInt32, DataType::kBits}) {
+      CHECK_ERROR(call(a.data(), type, kLayout, a.data(), b.data()), kInvalid, "type", "bfloat16");
+    }
+    CHECK_ERROR(call(a.data(), kType, static_cast<Layout>(7), a.data(), b.data()), kInvalid,
+                "layout", "7");
+    b.check_untouched("out");
+  }
+}
+
+TEST(ErrorsConv2d, BadSizesAreRejected) {
+  const std::vector<int64_t> not_positive = {0, -1, kLowest, kTwo31, kTwo62, kHighest};
+  const std::vector<int64_t> negative = {-1, -kTwo31, kLowest, kTwo31, kTwo62, kHighest};
+  check_weight_size("out_channels", &WeightShape::out_channels, not_positive);
+  check_weight_size("in_channels", &WeightShape::in_channels, not_positive);
+  check_weight_size("kernel_height", &WeightShape::kernel_height, not_positive);
+  check_weight_size("kernel_width", &WeightShape::kernel_width, not_positive);
+  check_weight_size("groups", &WeightShape::groups, not_positive);
+  check_conv2d_size("in_height", &Conv2dShape::in_height, not_positive);
+  check_conv2d_size("in_width", &Conv2dShape::in_width, not_positive);
+  check_conv2d_size("stride_height", &Conv2dShape::stride_height, not_positive);
+  check_conv2d_size("stride_width", &Conv2dShape::stride_width, not_positive);
+  check_conv2d_size("dilation_height", &Conv2dShape::dilation_height, not_positive);
+  check_conv2d_size("dilation_width", &Conv2dShape::dilation_width, not_positive);
+  check_conv2d_size("pad_top", &Conv2dShape::pad_top, negative);
+  check_conv2d_size("pad_left", &Conv2dShape::pad_left, negative);
+  check_conv2d_size("pad_bottom", &Conv2dShape::pad_bottom, negative);
+  check_conv2d_size("pad_right", &Conv2dShape::pad_right, negative);
+  check_conv2d_size("batch", &Conv2dShape::batch, {-1, kLowest, kTwo62, kHighest});
+}
+
+TEST(ErrorsConv2d, OverflowingProductsAreRejected) {
+  constexpr int64_t kMax = kTwo31 - 1;
+  for (const Queue& queue : queues()) {
+    Conv2dShape shape = shape_3x3(1 << 20, 16, kMax, kMax, 8);
+    check_shape_error(queue, shape, {"64 bits", text(kMax)});
+    shape = shape_3x3(int64_t{1} << 40, 16, 4, 4, kMax);
+    check_shape_error(queue, shape, {"64 bits"});
+  }
+}
+
+TEST(ErrorsConv2d, OutputExtentsBeyond31BitsAreRejected) {
+  for (const Queue& queue : queues()) {
+    Conv2dShape shape = shape_3x3(1, 16, 4, 4, 8);
+    shape.pad_bottom = kTwo31 - 1;
+    check_shape_error(queue, shape, {"out_height", text(kTwo31 + 2)});
+    shape = shape_3x3(1, 16, 4, 4, 8);
+    shape.pad_left = kTwo31 - 1;
+    check_shape_error(queue, shape, {"out_width", text(kTwo31 + 2)});
+  }
+}
+
+TEST(ErrorsConv2d, SumsBeyondTheReachOfInt32AreRejected) {
+  constexpr int64_t kLimit = (int64_t{1} << 30) - 1;
+  for (const Queue& queue : queues()) {
+    WeightShape shape{
+        .out_channels = 1, .in_channels = kLimit + 1, .kernel_height = 1, .kernel_width = 1};
+    check_weight_error(queue, shape,
+                       {"kernel_height * kernel_width * in_channels / groups", text(kLimit + 1)});
+    shape = {
+        .out_channels = 1, .in_channels = 1, .kernel_height = 1 << 15, .kernel_width = 1 << 15};
+    check_weight_error(queue, shape,
+                       {"kernel_height * kernel_width * in_channels / groups", text(kLimit + 1)});
+    shape = {.out_channels = 1,
+             .in_channels = kTwo31 - 1,
+             .kernel_height = kTwo31 - 1,
+             .kernel_width = kTwo31 - 1};
+    check_weight_error(queue, shape, {});
+    shape = {.out_channels = 1, .in_channels = kLimit, .kernel_height = 1, .kernel_width = 1};
+    CHECK(prepared_weight_bytes(shape, queue) >= packed_bytes(kLimit));
+    shape = {.out_channels = 2,
+             .in_channels = 1 << 30,
+             .kernel_height = 1,
+             .kernel_width = 1,
+             .groups = 2};
+    CHECK(prepared_weight_bytes(shape, queue) >= 2 * packed_bytes(1 << 29));
+  }
+}
+
+TEST(ErrorsConv2d, BadGroupsAreRejected) {
+  for (const Queue& queue : queues()) {
+    const auto shape = [](int64_t in, int64_t out, int64_t groups) {
+      return WeightShape{.out_channels = out,
+                         .in_channels = in,
+                         .kernel_height = 3,
+                         .kernel_width = 3,
+                         .groups = groups};
+    };
+    check_weight_error(queue, shape(16, 6, 3), {"groups", "3", "in_channels", "16"});
+    check_weight_error(queue, shape(48, 8, 3), {"groups", "3", "out_channels", "8"});
+    check_weight_error(queue, shape(16, 4, 4), {"groups", "4", "multiple of 8"});
+    check_weight_error(queue, shape(40, 2, 2), {"groups", "20", "multiple of 8"});
+    check_weight_error(queue, shape(16, 32, 32), {"groups", "32"});
+    CHECK(prepared_weight_bytes(shape(13, 4, 1), queue) > 0);
+    CHECK(prepared_weight_bytes(shape(16, 4, 2), queue) > 0);
+  }
+}
+
+TEST(ErrorsConv2d, KernelLargerThanThePaddedImageIsRejected) {
+  for (const Queue& queue : queues()) {
+    Conv2dShape shape = shape_3x3(1, 16, 4, 4, 8);
+    shape.dilation_height = 3;
+    check_shape_error(queue, shape, {"kernel_height", "7", "6"});
+    shape = shape_3x3(1, 16, 4, 4, 8);
+    shape.weight.kernel_width = 9;
+    check_shape_error(queue, shape, {"kernel_width", "9", "6"});
+    shape = shape_3x3(1, 16, 1, 1, 8);
+    shape.pad_top = shape.pad_left = 0;
+    check_shape_error(queue, shape, {"kernel_height", "3", "2"});
+    shape = shape_3x3(1, 16, 4, 4, 8);
+    shape.dilation_width = kTwo31 - 1;
+    check_shape_error(queue, shape, {"kernel_width", "6"});
+    shape.stride_width = 1 << 30;
+    check_shape_error(queue, shape, {"kernel_width", "6"});
+  }
+}
+
+TEST(ErrorsConv2d, BadPadValueIsRejected) {
+  for (const Queue& queue : queues()) {
+    for (int value : {2, -2, 255, std::numeric_limits<int>::min()}) {
+      Conv2dShape shape = shape_3x3(1, 16, 4, 4, 8);
+      shape.pad_value = value;
+      check_shape_error(queue, shape, {"pad_value", text(value)});
+    }
+  }
+}
+
+TEST(ErrorsConv2d, BadPointersAreRejected) {
+  for (const Queue& queue : queues()) {
+    Call call(queue);
+    const auto run = [&](const void* input, const void* prepared, void* output, DataType out_type) {
+      call.epilogue.out_type = out_type;
+      binary_conv2d(call.shape, input, prepared, call.epilogue, output, call.workspace, queue);
+    };
+    constexpr DataType kType = DataType::kFloat32;
+    CHECK_ERROR(run(nullptr, call.prepared, call.output, kType), kInvalid, "input", "null");
+    CHECK_ERROR(run(call.input, nullptr, call.output, kType), kInvalid, "prepared_weight", "null");
+    CHECK_ERROR(run(call.input, call.prepared, nullptr, kType), kInvalid, "output", "null");
+    for (int offset : {1, 4, 8}) {
+      CHECK_ERROR(run(beyond(call.input, offset), call.prepared, call.output, kType), kInvalid,
+                  "input", "multiple of 16");
+      CHECK_ERROR(run(call.input, beyond(call.prepared, offset), call.output, kType), kInvalid,
+                  "prepared_weight", "multiple of 16");
+      CHECK_ERROR(run(call.input, call.prepared, beyond(call.output, offset), DataType::kBits),
+                  kInvalid, "output", "multiple of 16");
+    }
+    CHECK_ERROR(run(call.input, call.prepared, beyond(call.output, 2), kType), kInvalid, "output",
+                "multiple of 4");
+    CHECK_ERROR(run(call.input, call.prepared, beyond(call.output, 2), DataType::kInt32), kInvalid,
+                "output", "multiple of 4");
+    CHECK_ERROR(run(call.input, call.prepared, beyond(call.output, 1), DataType::kFloat16),
+                kInvalid, "output", "multiple of 2");
+    CHECK_ERROR(run(call.input, call.prepared, beyond(call.output, 1), DataType::kBFloat16),
+                kInvalid, "output", "multiple of 2");
+    call.check_nothing_was_written();
+
+    Buffer out(queue, 4096, 16);
+    const auto weight = [&](const void* packed, void* prepared) {
+      prepare_weight(call.shape.weight, packed, prepared, queue);
+    };
+    CHECK_ERROR(weight(nullptr, out.data()), kInvalid, "packed", "null");
+    CHECK_ERROR(weight(call.input, nullptr), kInvalid, "prepared", "null");
+    CHECK_ERROR(weight(beyond(call.input, 8), out.data()), kInvalid, "packed", "multiple of 16");
+    CHECK_ERROR(weight(call.input, beyond(out.data(), 8)), kInvalid, "prepared", "multiple of 16");
+    out.check_untouched("prepared");
+  }
+}
+
+TEST(ErrorsConv2d, MissingOrMisalignedWorkspaceIsRejectedWhereOneIsNeeded) {
+  for (const Queue& queue : kernel_queues()) {
+    const Context context(describe(queue));
+    Call call(queue);
+    if (workspace_bytes(call.shape, queue) == 0) continue;
+    void* const workspace = call.workspace;
+    call.workspace = nullptr;
+    CHECK_ERROR(call.run(), kInvalid, "workspace", "null");
+    call.workspace = beyond(workspace, 8);
+    CHECK_ERROR(call.run(), kInvalid, "workspace", "multiple of 16");
+    call.check_nothing_was_written();
+  }
+}
+
+TEST(ErrorsConv2d, BadEpiloguesAreRejected) {
+  for (const Queue& queue : queues()) {
+    Call call(queue);
+    const auto run = [&](const Epilogue& epilogue) {
+      call.epilogue = epilogue;
+      call.run();
+    };
+    const float* const floats = call.floats;
+    const float* const odd = static_cast<const float*>(beyond(static_cast<const void*>(floats), 2));
+    CHECK_ERROR(run({.out_type = DataType::kInt8}), kInvalid, "out_type", "int8", "float16");
+    CHECK_ERROR(run({.out_type = static_cast<DataType>(99)}), kInvalid, "out_type", "unknown");
+    CHECK_ERROR(run({.out_layout = static_cast<Layout>(7)}), kInvalid, "out_layout", "7");
+    CHECK_ERROR(run({.out_type = DataType::kInt32, .scale = floats}), kInvalid, "scale", "int32");
+    CHECK_ERROR(run({.out_type = DataType::kInt32, .bias = floats}), kInvalid, "bias", "int32");
+    CHECK_ERROR(run({.out_type = DataType::kInt32, .residual = floats}), kInvalid, "residual",
+                "int32");
+    for (DataType type :
+         {DataType::kInt32, DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
+      CHECK_ERROR(run({.out_type = type, .threshold = {0.0f, floats}}), kInvalid, "threshold",
+                  "bits");
+    }
+    CHECK_ERROR(run({.out_type = DataType::kBits, .out_layout = Layout::kNCHW}), kInvalid,
+                "out_layout", "NCHW", "NHWC");
+    CHECK_ERROR(run({.scale = odd}), kInvalid, "scale", "multiple of 4");
+    CHECK_ERROR(run({.bias = odd}), kInvalid, "bias", "multiple of 4");
+    CHECK_ERROR(run({.residual = odd}), kInvalid, "residual", "multiple of 4");
+    CHECK_ERROR(run({.residual = beyond(static_cast<const void*>(floats), 1),
+                     .residual_type = DataType::kFloat16}),
+                kInvalid, "residual", "multiple of 2");
+    CHECK_ERROR(run({.out_type = DataType::kBits, .threshold = {0.0f, odd}}), kInvalid, "threshold",
+                "multiple of 4");
+    for (DataType type : {DataType::kInt8, DataType::kInt32, DataType::kBits}) {
+      CHECK_ERROR(run({.residual = floats, .residual_type = type}), kInvalid, "residual_type",
+                  "bfloat16");
+    }
+    call.check_nothing_was_written();
+  }
+}
+
+TEST(ErrorsConv2d, LargestAcceptedSizesHaveAName) {
+  for (const Queue& queue : queues()) {
+    Conv2dShape shape = shape_3x3(1, 16, kTwo31 - 1, 4, 8);
+    shape.stride_height = shape.stride_width = kTwo31 - 1;
+    CHECK(*kernel_name(shape, queue) != '\0');
+    CHECK_EQ(shape.out_height(), 1);
+    shape.stride_height = 1;
+    CHECK_EQ(shape.out_height(), kTwo31 - 1);
+  }
+}
+
+}  // namespace binconv::test

@@ -1,0 +1,178 @@
+#include <algorithm>
+#include <set>
+#include <string>
+
+#include "conv2d_check.h"
+#include "kernel_table.h"
+#include "test.h"
+
+// White-box: the kernel table and the choice from it, for devices that need not be there.
+
+namespace binconv::test {
+namespace {
+
+constexpr Target kPlainCpu{};
+constexpr Target kAvx2Cpu{.cpu = {.avx2 = true}};
+constexpr Target kAvx512Cpu{.cpu = {.avx2 = true, .avx512_vpopcntdq = true}};
+constexpr Target kNeonCpu{.cpu = {.neon = true}};
+
+Target gpu(int compute_capability) {
+  return {.is_cuda = true, .compute_capability = compute_capability};
+}
+
+std::vector<Conv2dShape> sample_shapes() {
+  std::vector<Conv2dShape> shapes;
+  for (uint64_t seed = 0; seed < 200; ++seed) {
+    Random random(seed);
+    shapes.push_back(random_shape(random));
+  }
+  return shapes;
+}
+
+std::vector<Target> targets() {
+  std::vector<Target> all = {kPlainCpu, kAvx2Cpu, kAvx512Cpu, kNeonCpu};
+  if (*cuda_architectures() == '\0') return all;
+  for (int capability : {75, 80, 86, 89, 90, 100, 120}) all.push_back(gpu(capability));
+  return all;
+}
+
+std::string chosen(const Target& target, const char* forced = nullptr) {
+  return select_kernel(shape_3x3(1, 64, 8, 8, 64), target, forced).name;
+}
+
+}  // namespace
+
+TEST(Selection, NamesAreUnique) {
+  std::set<std::string> names;
+  for (const Kernel* kernel : kernel_table()) CHECK(names.insert(kernel->name).second);
+}
+
+TEST(Selection, EveryRowIsComplete) {
+  for (const Kernel* kernel : kernel_table()) {
+    const Context context(kernel->name);
+    CHECK(kernel->runs_on && kernel->accepts && kernel->prepared_bytes && kernel->prepare &&
+          kernel->workspace_bytes && kernel->launch);
+  }
+}
+
+TEST(Selection, CpuTakesItsWidestInstructionSet) {
+#if defined(__x86_64__)
+  CHECK_EQ(chosen(kPlainCpu), std::string("cpu_portable"));
+  CHECK_EQ(chosen(kAvx2Cpu), std::string("cpu_avx2"));
+  CHECK_EQ(chosen(kAvx512Cpu), std::string("cpu_avx512"));
+#elif defined(__aarch64__)
+  CHECK_EQ(chosen(kPlainCpu), std::string("cpu_portable"));
+  CHECK_EQ(chosen(kNeonCpu), std::string("cpu_neon"));
+#endif
+}
+
+TEST(Selection, NoRowRunsOnBothKindsOfDevice) {
+  for (const Kernel* kernel : kernel_table()) {
+    const Context context(kernel->name);
+    const bool on_cpu =
+        kernel->runs_on(kPlainCpu) || kernel->runs_on(kAvx512Cpu) || kernel->runs_on(kNeonCpu);
+    const bool on_gpu =
+        kernel->runs_on(gpu(75)) || kernel->runs_on(gpu(90)) || kernel->runs_on(gpu(120));
+    CHECK(on_cpu != on_gpu);
+  }
+}
+
+TEST(Selection, EveryTargetHasARowForEveryShape) {
+  const std::vector<Conv2dShape> shapes = sample_shapes();
+  for (const Target& target : targets()) {
+    for (const Conv2dShape& shape : shapes) {
+      const Context context(describe(shape));
+      const Kernel& kernel = select_kernel(shape, target, nullptr);
+      CHECK(kernel.runs_on(target));
+      CHECK(kernel.accepts(shape));
+      CHECK(kernel.prepare == weight_kernel(target, nullptr).prepare);
+      CHECK(kernel.prepared_bytes(shape.weight) ==
+            weight_kernel(target, nullptr).prepared_bytes(shape.weight));
+    }
+  }
+}
+
+TEST(Selection, TakesTheFirstRowThatCanRun) {
+  for (const Target& target : targets()) {
+    for (const Conv2dShape& shape : sample_shapes()) {
+      for (const Kernel* kernel : kernel_table()) {
+        if (!kernel->runs_on(target) || !kernel->accepts(shape)) continue;
+        if (kernel->prepare != weight_kernel(target, nullptr).prepare) continue;
+        CHECK_EQ(std::string(select_kernel(shape, target, nullptr).name),
+                 std::string(kernel->name));
+        break;
+      }
+    }
+  }
+}
+
+TEST(Selection, ForcedRowIsTakenOnEveryShapeItAccepts) {
+  for (const Target& target : targets()) {
+    for (const Kernel* kernel : kernel_table()) {
+      const Context context(kernel->name);
+      for (const Conv2dShape& shape : sample_shapes()) {
+        if (!kernel->runs_on(target)) {
+          CHECK_ERROR(select_kernel(shape, target, kernel->name), Status::kNotSupported, "kernel",
+                      kernel->name);
+          CHECK_ERROR(weight_kernel(target, kernel->name), Status::kNotSupported, "kernel",
+                      kernel->name);
+        } else if (!kernel->accepts(shape)) {
+          CHECK_ERROR(select_kernel(shape, target, kernel->name), Status::kNotSupported, "kernel",
+                      kernel->name);
+        } else {
+          CHECK(&select_kernel(shape, target, kernel->name) == kernel);
+          CHECK(&weight_kernel(target, kernel->name) == kernel);
+        }
+      }
+    }
+  }
+}
+
+TEST(Selection, UnknownNameIsRejectedOnEveryTarget) {
+  for (const Target& target : targets()) {
+    CHECK_ERROR(chosen(target, "cpu_avx1024"), Status::kInvalidArgument, "kernel", "cpu_avx1024");
+    CHECK_ERROR(chosen(target, "cpu"), Status::kInvalidArgument, "kernel", "cpu");
+    CHECK_ERROR(weight_kernel(target, ""), Status::kInvalidArgument, "kernel");
+  }
+}
+
+TEST(Selection, GpuBelowSm75IsNotSupported) {
+  if (*cuda_architectures() == '\0') throw Skip{"built without CUDA"};
+  for (int capability : {35, 60, 61, 70, 72}) {
+    const std::string version =
+        std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+    CHECK_ERROR(chosen(gpu(capability)), Status::kNotSupported, "queue", version, "7.5");
+    CHECK_ERROR(weight_kernel(gpu(capability), nullptr), Status::kNotSupported, "queue", version,
+                "7.5");
+  }
+}
+
+TEST(Selection, DirectKernelIsTheFallbackOfEveryGpu) {
+  if (*cuda_architectures() == '\0') throw Skip{"built without CUDA"};
+  for (int capability : {75, 80, 86, 89, 90, 100, 120}) {
+    CHECK_EQ(chosen(gpu(capability), "cuda_direct"), std::string("cuda_direct"));
+    for (const Conv2dShape& shape : sample_shapes()) {
+      CHECK(select_kernel(shape, gpu(capability), "cuda_direct").accepts(shape));
+    }
+  }
+}
+
+TEST(Selection, SizesGrowWithTheWeightAndHoldEveryBit) {
+  for (const Target& target : targets()) {
+    for (const Kernel* kernel : kernel_table()) {
+      if (!kernel->runs_on(target)) continue;
+      const Context context(kernel->name);
+      for (const Conv2dShape& shape : sample_shapes()) {
+        const WeightShape& weight = shape.weight;
+        const int64_t bits = weight.out_channels * weight.kernel_height * weight.kernel_width *
+                             weight.in_channels / weight.groups;
+        CHECK(kernel->prepared_bytes(weight) * 8 >= bits);
+        WeightShape larger = weight;
+        larger.out_channels += weight.groups;
+        CHECK(kernel->prepared_bytes(larger) >= kernel->prepared_bytes(weight));
+      }
+    }
+  }
+}
+
+}  // namespace binconv::test
