@@ -35,13 +35,15 @@ int64_t element_bytes(DataType type) {
   }
 }
 
-int64_t checked_product(const char* what, std::initializer_list<int64_t> factors) {
+int64_t checked_product(const std::string& name, const char* meaning,
+                        std::initializer_list<int64_t> factors) {
   int64_t product = 1;
   for (int64_t factor : factors) {
     if (factor != 0 && product > std::numeric_limits<int64_t>::max() / factor) {
       std::string sizes;
       for (int64_t size : factors) sizes += (sizes.empty() ? "" : " * ") + std::to_string(size);
-      fail(Status::kInvalidArgument, what, ": got ", sizes, ", expected what fits into 64 bits");
+      fail(Status::kInvalidArgument, name, ": got ", meaning, " = ", sizes,
+           ", expected what fits into 64 bits");
     }
     product *= factor;
   }
@@ -90,7 +92,7 @@ void check_image(const ImageShape& shape, const std::string& prefix) {
   check_extent((prefix + "height").c_str(), shape.height, 0);
   check_extent((prefix + "width").c_str(), shape.width, 0);
   constexpr int64_t kLargestElement = 4;
-  checked_product("batch * height * width * channel bytes",
+  checked_product("image", "batch * height * width * channel bytes",
                   {shape.batch, shape.height, shape.width,
                    std::max(packed_bytes(shape.channels), shape.channels), kLargestElement});
 }
@@ -110,13 +112,14 @@ void check_weight(const WeightShape& shape) {
           group_channels, " input channels, expected a multiple of 8 channels each");
   constexpr int64_t kMaxBits = (int64_t{1} << 30) - 1;
   const int64_t bits =
-      checked_product("weight", {shape.kernel_height, shape.kernel_width, group_channels});
+      checked_product("weight", "kernel_height * kernel_width * in_channels / groups",
+                      {shape.kernel_height, shape.kernel_width, group_channels});
   require(bits <= kMaxBits,
           "weight: got kernel_height * kernel_width * in_channels / groups = ", bits,
           ", expected at most 2^30 - 1, the reach of an int32 result");
   // Prepared weights hold at most 8 bytes a bit: a 32-byte word of one channel's tap, and its
   // popcount.
-  checked_product("weight", {shape.out_channels + 64, bits + 256, int64_t{8}});
+  checked_product("weight", "prepared bytes", {shape.out_channels + 64, bits + 256, int64_t{8}});
 }
 
 void check_conv2d(const Conv2dShape& shape) {

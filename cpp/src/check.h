@@ -26,8 +26,10 @@ void require(bool condition, const Parts&... parts) {
 const char* to_string(DataType type);
 int64_t element_bytes(DataType type);  // Not for kBits.
 
-// The product of sizes, as an error that names `what` where it does not fit into 63 bits.
-int64_t checked_product(const char* what, std::initializer_list<int64_t> factors);
+// The product of sizes, or where it does not fit into 63 bits an error that names the argument and
+// what the factors mean.
+int64_t checked_product(const std::string& name, const char* meaning,
+                        std::initializer_list<int64_t> factors);
 
 void check_type(const char* name, DataType type, std::initializer_list<DataType> allowed);
 void check_layout(const char* name, Layout layout);

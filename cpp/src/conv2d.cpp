@@ -1,14 +1,20 @@
 #include "binconv/conv2d.h"
 
+#include <limits>
+
 #include "check.h"
 #include "kernel_table.h"
 
 namespace binconv {
 namespace {
 
-int64_t out_extent(int64_t in, int64_t pads, int64_t dilation, int64_t kernel, int64_t stride) {
-  const int64_t room = in + pads - dilation * (kernel - 1) - 1;
-  return room < 0 ? 0 : room / stride + 1;
+int64_t out_extent(int64_t in, int64_t pad_before, int64_t pad_after, int64_t dilation,
+                   int64_t kernel, int64_t stride) {
+  for (int64_t extent : {in, pad_before, pad_after, dilation, kernel, stride}) {
+    if (extent < 0 || extent > std::numeric_limits<int32_t>::max()) return 0;
+  }
+  const int64_t room = in + pad_before + pad_after - dilation * (kernel - 1) - 1;
+  return room < 0 || stride == 0 ? 0 : room / stride + 1;
 }
 
 void check_epilogue(const Epilogue& epilogue) {
@@ -48,12 +54,12 @@ const Kernel& checked_kernel(const Conv2dShape& shape, const Queue& queue) {
 }  // namespace
 
 int64_t Conv2dShape::out_height() const {
-  return out_extent(in_height, pad_top + pad_bottom, dilation_height, weight.kernel_height,
+  return out_extent(in_height, pad_top, pad_bottom, dilation_height, weight.kernel_height,
                     stride_height);
 }
 
 int64_t Conv2dShape::out_width() const {
-  return out_extent(in_width, pad_left + pad_right, dilation_width, weight.kernel_width,
+  return out_extent(in_width, pad_left, pad_right, dilation_width, weight.kernel_width,
                     stride_width);
 }
 

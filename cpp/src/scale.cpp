@@ -18,7 +18,7 @@ void abs_mean(int64_t rows, int64_t columns, const void* x, DataType type, float
   require(columns >= 1, "columns: got ", columns,
           ", expected at least 1: a mean of no values is undefined");
   check_type("type", type, kFloatTypes);
-  checked_product("x", {rows, columns, element_bytes(type)});
+  checked_product("x", "rows * columns * element bytes", {rows, columns, element_bytes(type)});
   if (rows == 0) return;
   check_pointer("x", x, element_bytes(type));
   check_pointer("out", out, sizeof(float));

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstdio>
+#include <limits>
 #include <mutex>
 #include <thread>
 
@@ -457,6 +458,12 @@ TEST(PreparedWeight, ServesEveryThreadCount) {
       Run(problem, queue, prepared).check({.out_type = DataType::kFloat16, .scale = true});
     }
   }
+}
+
+TEST(PreparedWeight, ServesAQueueOfMoreThreadsThanThereIsWork) {
+  if (use_cuda()) throw Skip{"about CPU queues"};
+  const Problem problem(shape_3x3(1, 20, 3, 4, 5));
+  Run(problem, Queue::cpu(std::numeric_limits<int>::max())).check({});
 }
 
 TEST(PreparedWeight, IsSharedByFourThreadsAtOnce) {

@@ -531,15 +531,57 @@ TEST(ErrorsConv2d, BadEpiloguesAreRejected) {
   }
 }
 
-TEST(ErrorsConv2d, LargestAcceptedSizesHaveAName) {
-  for (const Queue& queue : queues()) {
-    Conv2dShape shape = shape_3x3(1, 16, kTwo31 - 1, 4, 8);
-    shape.stride_height = shape.stride_width = kTwo31 - 1;
-    CHECK(*kernel_name(shape, queue) != '\0');
-    CHECK_EQ(shape.out_height(), 1);
-    shape.stride_height = 1;
-    CHECK_EQ(shape.out_height(), kTwo31 - 1);
+TEST(ErrorsConv2d, OutputExtentIsZeroWhereThereIsNone) {
+  Conv2dShape shape = shape_3x3(1, 16, 4, 4, 8);
+  CHECK_EQ(shape.out_height(), 4);
+  shape.dilation_height = 3;
+  CHECK_EQ(shape.out_height(), 0);
+  CHECK_EQ(shape.out_width(), 4);
+  for (int64_t value : {int64_t{-1}, kLowest, kTwo62, kHighest}) {
+    for (auto member : {&Conv2dShape::in_width, &Conv2dShape::stride_width, &Conv2dShape::pad_left,
+                        &Conv2dShape::pad_right, &Conv2dShape::dilation_width}) {
+      shape = shape_3x3(1, 16, 4, 4, 8);
+      shape.*member = value;
+      CHECK_EQ(shape.out_width(), 0);
+    }
   }
+  shape = shape_3x3(1, 16, kTwo31 - 1, 4, 8);
+  CHECK_EQ(shape.out_height(), kTwo31 - 1);
+  shape.stride_height = kTwo31 - 1;
+  CHECK_EQ(shape.out_height(), 1);
+}
+
+// Sizes of every magnitude: what is accepted has sizes that fit into 64 bits and hold the data.
+TEST(ErrorsConv2d, EveryShapeIsRejectedOrHasSizes) {
+  Random random(1);
+  const auto draw = [&] {
+    return (static_cast<int64_t>(random.bits() >> 1) >> random.between(30, 62)) +
+           random.between(0, 1);
+  };
+  int64_t accepted = 0;
+  for (const Queue& queue : kernel_queues()) {
+    const Context context(describe(queue));
+    for (int i = 0; i < 4000; ++i) {
+      Conv2dShape s = shape_3x3(draw(), draw(), draw(), draw(), draw());
+      if (random.one_in(2)) s.batch = draw() << random.between(0, 20);
+      if (random.one_in(2)) s.weight.kernel_height = draw();
+      if (random.one_in(2)) s.weight.kernel_width = draw();
+      if (random.one_in(2)) s.stride_height = draw();
+      if (random.one_in(2)) s.dilation_width = draw();
+      if (random.one_in(2)) s.pad_left = draw();
+      if (random.one_in(2)) s.pad_bottom = draw();
+      if (random.one_in(4)) s.weight.in_channels = 8 * (s.weight.groups = random.between(1, 9));
+      try {
+        CHECK(prepared_weight_bytes(s.weight, queue) >= s.weight.out_channels);
+        CHECK(workspace_bytes(s, queue) >= 0);
+        CHECK(*kernel_name(s, queue) != '\0');
+        ++accepted;
+      } catch (const Error& error) {
+        CHECK(error.status() == kInvalid);
+      }
+    }
+  }
+  CHECK(accepted > 100);
 }
 
 }  // namespace binconv::test

@@ -48,7 +48,8 @@ struct Conv2dShape {
   int64_t dilation_width = 1;
   int pad_value = 0;  // What the pixels outside the image count as: 0, +1 or -1.
 
-  // (in + pads - dilation * (kernel - 1) - 1) / stride + 1, rounded down.
+  // (in + pads - dilation * (kernel - 1) - 1) / stride + 1, rounded down; 0 where the kernel does
+  // not fit into the padded image, or a size is out of range.
   BINCONV_API int64_t out_height() const;
   BINCONV_API int64_t out_width() const;
 };

@@ -22,6 +22,10 @@ namespace {
 
 template <class Isa>
 class TiledConv2d {
+  class Tile;
+  struct Rows;
+  struct Work;
+
  public:
   static int64_t prepared_bytes(const WeightShape& shape) {
     const Rows rows(shape);
@@ -52,23 +56,20 @@ class TiledConv2d {
   }
 
   static int64_t workspace_bytes(const Conv2dShape& shape, const Queue& queue) {
-    return Tile::bytes(Rows(shape.weight)) * queue.threads();
+    const Rows rows(shape.weight);
+    const Work work(shape, rows);
+    return Tile::bytes(rows) * worker_count(queue.threads(), work.tiles, work.chunk);
   }
 
   static void launch(const Conv2dArgs& args, const Queue& queue) {
     const Rows rows(args.shape.weight);
-    const int64_t out_width = args.shape.out_width(), out_height = args.shape.out_height();
-    const int64_t pixels = args.shape.batch * out_height * out_width;
-    const int64_t tile_pixels = Tile::pixels(rows);
-    // A step, as chunk_for counts them, compares about 64 bits.
-    const int64_t steps_per_tile =
-        tile_pixels * args.shape.weight.out_channels * (rows.row_bytes / 8 + 1);
-    parallel_for(queue.threads(), ceil_div(pixels, tile_pixels), chunk_for(steps_per_tile),
+    const Work work(args.shape, rows);
+    parallel_for(queue.threads(), work.tiles, work.chunk,
                  [&](int worker, int64_t begin, int64_t end) {
                    Tile tile(args, rows, worker);
                    for (int64_t i = begin; i < end; ++i) {
-                     const int64_t first = i * tile_pixels;
-                     tile.run(first, std::min(tile_pixels, pixels - first));
+                     const int64_t first = i * work.tile_pixels;
+                     tile.run(first, std::min(work.tile_pixels, work.pixels - first));
                    }
                  });
   }
@@ -93,6 +94,18 @@ class TiledConv2d {
     int64_t popcounts_offset() const { return groups * group_blocks * row_bytes * Isa::kBlock; }
 
     int64_t taps, group_in, group_out, groups, tap_bytes, row_bytes, group_blocks;
+  };
+
+  // How a convolution is cut up: into tiles of pixels, and chunks of tiles for a thread.
+  struct Work {
+    Work(const Conv2dShape& shape, const Rows& rows)
+        : pixels(shape.batch * shape.out_height() * shape.out_width()),
+          tile_pixels(Tile::pixels(rows)),
+          tiles(ceil_div(pixels, tile_pixels)),
+          // A step, as chunk_for counts them, compares about 64 bits.
+          chunk(chunk_for(tile_pixels * shape.weight.out_channels * (rows.row_bytes / 8 + 1))) {}
+
+    int64_t pixels, tile_pixels, tiles, chunk;
   };
 
   // One worker's tile, in its part of the workspace: the rows, and for each the taps outside the

@@ -20,7 +20,7 @@ void run_chunks(int threads, int64_t count, int64_t chunk, const void* body,
   };
   std::vector<std::jthread> helpers;
   try {
-    for (int worker = 1; worker < std::min<int64_t>(threads, chunks); ++worker) {
+    for (int worker = 1; worker < worker_count(threads, count, chunk); ++worker) {
       helpers.emplace_back(work, worker);
     }
   } catch (const std::system_error&) {

@@ -23,8 +23,13 @@ inline int64_t chunk_for(int64_t steps_per_item) {
   return std::max<int64_t>(1, kStepsPerChunk / std::max<int64_t>(1, steps_per_item));
 }
 
-// body(worker, begin, end) for chunks that cover [0, count), each once. worker < threads tells the
-// threads apart, of which the calling one is one.
+// The threads that parallel_for runs on.
+inline int worker_count(int threads, int64_t count, int64_t chunk) {
+  return static_cast<int>(std::min<int64_t>(threads, ceil_div(count, chunk)));
+}
+
+// body(worker, begin, end) for chunks that cover [0, count), each once. worker < worker_count(...)
+// tells the threads apart, of which the calling one is one.
 template <class Body>
 void parallel_for(int threads, int64_t count, int64_t chunk, const Body& body) {
   run_chunks(threads, count, chunk, &body,

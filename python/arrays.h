@@ -1,0 +1,75 @@
+#pragma once
+
+// DLPack arrays as the library's arguments: what a raw pointer cannot carry is checked here.
+
+#include <binconv/binconv.h>
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <cstdint>
+#include <initializer_list>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+namespace binconv::python {
+
+namespace nb = nanobind;
+
+inline constexpr int64_t kPackedAlignment = 16;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw Error(Status::kInvalidArgument, message.str());
+}
+
+// The CPU, or a CUDA device.
+struct Device {
+  std::optional<int> cuda;
+
+  bool operator==(const Device& other) const { return cuda == other.cuda; }
+  std::string str() const { return cuda ? "cuda:" + std::to_string(*cuda) : "cpu"; }
+};
+
+// A C-contiguous array, imported without a copy.
+struct Array {
+  std::string name;
+  void* data = nullptr;
+  DataType type = DataType::kFloat32;
+  Device device;
+  std::vector<int64_t> shape;
+  nb::ndarray<nb::ro> import;  // Keeps the memory alive during the call.
+
+  void expect_shape(const std::vector<int64_t>& expected) const;
+  void expect_rank(size_t rank) const;
+  void expect_type(DataType expected) const { expect_type({expected}); }
+  void expect_type(std::initializer_list<DataType> expected) const;
+  void expect_packed(const std::vector<int64_t>& expected) const;  // uint8, this shape, aligned.
+  void expect_aligned(int64_t alignment) const;
+  void expect_bytes(int64_t bytes) const;  // uint8, one dimension, aligned, at least so long.
+};
+
+const char* type_name(DataType type);
+
+[[noreturn]] void throw_type_error(const char* name, nb::handle object, const char* expected);
+
+// Throws TypeError for what is no array, ValueError for an array that cannot be taken.
+Array read(const char* name, nb::handle object);
+Array write(const char* name, nb::handle object);
+
+// Nothing for None.
+std::optional<Array> read_optional(const char* name, nb::handle object);
+
+// A float32 vector of one value per channel, or nothing for None.
+std::optional<Array> read_channels(const char* name, nb::handle object, int64_t channels);
+
+// The queue for a call on `first` and `others`, which must share its device.
+Queue queue_for(const Array& first, std::initializer_list<const Array*> others,
+                std::optional<uintptr_t> stream, std::optional<int> threads,
+                const char* kernel = nullptr);
+Queue queue_for(const Device& device, std::optional<int> threads, const char* kernel = nullptr);
+
+}  // namespace binconv::python

@@ -1,0 +1,54 @@
+"""Exact, fast binary (+1/-1) 2-D convolution on any DLPack array.
+
+The functions mirror the C++ library one to one: they write into arrays that the caller made
+(`out`), take NumPy, CuPy, JAX or torch arrays alike, and import none of these. `binconv.torch`
+builds operations and modules that take and return tensors on top of them.
+
+Every function takes `threads` for arrays on the CPU (all cores unless given) and requires `stream`,
+a CUDA stream as an int (0 is the default stream), for arrays on a GPU.
+
+Errors: ValueError for arguments that can never work, TypeError for an argument that is not an
+array, NotImplementedError for what this build or device does not do, RuntimeError from CUDA. Each
+names the argument, what it got and what it expects, and is raised before anything is written.
+"""
+
+from ._binconv import (
+    Conv2dShape,
+    WeightShape,
+    abs_mean,
+    available_kernels,
+    binary_conv2d,
+    cuda_architectures,
+    cuda_devices,
+    kernel_name,
+    pack_bits,
+    packed_bytes,
+    prepare_weight,
+    prepared_weight_bytes,
+    scale_channels,
+    unpack_bits,
+    version,
+    workspace_bytes,
+)
+
+__version__ = version()
+
+__all__ = [
+    "Conv2dShape",
+    "WeightShape",
+    "__version__",
+    "abs_mean",
+    "available_kernels",
+    "binary_conv2d",
+    "cuda_architectures",
+    "cuda_devices",
+    "kernel_name",
+    "pack_bits",
+    "packed_bytes",
+    "prepare_weight",
+    "prepared_weight_bytes",
+    "scale_channels",
+    "unpack_bits",
+    "version",
+    "workspace_bytes",
+]

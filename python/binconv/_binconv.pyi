@@ -1,0 +1,200 @@
+"""Types of the compiled module; the public names are re-exported by `binconv`."""
+
+from typing import Any, Literal, Protocol
+
+class Array(Protocol):
+    """An array that DLPack can export: NumPy, CuPy, JAX, torch and others."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __dlpack_device__(self) -> tuple[Any, int]: ...
+
+Layout = Literal["nchw", "nhwc"]
+
+class WeightShape:
+    """Sizes of a weight tensor.
+
+    in_channels counts all groups together. groups divides both channel counts, and in_channels /
+    groups is a multiple of 8 unless groups is 1.
+    """
+
+    out_channels: int
+    in_channels: int
+    kernel_height: int
+    kernel_width: int
+    groups: int
+    def __init__(
+        self,
+        out_channels: int,
+        in_channels: int,
+        kernel_height: int,
+        kernel_width: int,
+        groups: int = 1,
+    ) -> None: ...
+
+class Conv2dShape:
+    """All sizes of a convolution.
+
+    stride and dilation are (height, width), padding is (top, left, bottom, right), pad_value (0, 1
+    or -1) is what pixels outside the image count as.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        in_height: int,
+        in_width: int,
+        weight: WeightShape,
+        *,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int, int, int] = (0, 0, 0, 0),
+        dilation: tuple[int, int] = (1, 1),
+        pad_value: int = 0,
+    ) -> None: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def in_height(self) -> int: ...
+    @property
+    def in_width(self) -> int: ...
+    @property
+    def weight(self) -> WeightShape: ...
+    @property
+    def stride(self) -> tuple[int, int]: ...
+    @property
+    def padding(self) -> tuple[int, int, int, int]: ...
+    @property
+    def dilation(self) -> tuple[int, int]: ...
+    @property
+    def pad_value(self) -> int: ...
+    @property
+    def out_height(self) -> int: ...
+    @property
+    def out_width(self) -> int: ...
+
+def packed_bytes(channels: int) -> int:
+    """Bytes of one packed pixel: 16 * ceil(channels / 128)."""
+
+def pack_bits(
+    x: Array,
+    out: Array,
+    *,
+    layout: Layout = "nchw",
+    threshold: float | Array | None = None,
+    stream: int | None = None,
+    threads: int | None = None,
+) -> None:
+    """Writes the bits of x >= threshold.
+
+    x: float32, float16, bfloat16 or int8, C-contiguous, (N, C, H, W) or for layout "nhwc" (N, H,
+    W, C).
+    out: uint8 (N, H, W, packed_bytes(C)); channel c is bit c % 8 of byte c // 8, unused bits are
+    zero.
+    threshold: a number, or a float32 array (C,); 0 unless given. -0.0 gives a 1, NaN a 0.
+    """
+
+def unpack_bits(
+    packed: Array,
+    out: Array,
+    *,
+    layout: Layout = "nchw",
+    stream: int | None = None,
+    threads: int | None = None,
+) -> None:
+    """Writes +1 and -1 for the bits: the inverse of pack_bits.
+
+    out: float32, float16, bfloat16 or int8, (N, C, H, W) or for layout "nhwc" (N, H, W, C).
+    """
+
+def prepared_weight_bytes(
+    shape: WeightShape, *, device: int | None = None, kernel: str | None = None
+) -> int:
+    """Bytes of prepared weights on the CPU (device None) or on the CUDA device of that ordinal."""
+
+def prepare_weight(
+    shape: WeightShape,
+    packed: Array,
+    out: Array,
+    *,
+    stream: int | None = None,
+    threads: int | None = None,
+    kernel: str | None = None,
+) -> None:
+    """Lays packed weights out for the kernels of the device they are on.
+
+    packed: uint8 (out_channels, kernel_height, kernel_width, packed_bytes(in_channels // groups)).
+    out: uint8, one dimension of at least prepared_weight_bytes(shape).
+    """
+
+def workspace_bytes(
+    shape: Conv2dShape,
+    *,
+    device: int | None = None,
+    threads: int | None = None,
+    kernel: str | None = None,
+) -> int:
+    """Bytes of scratch memory for binary_conv2d with the same threads and kernel; often 0."""
+
+def binary_conv2d(
+    shape: Conv2dShape,
+    input: Array,
+    prepared_weight: Array,
+    out: Array,
+    *,
+    layout: Layout = "nhwc",
+    scale: Array | None = None,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    threshold: float | Array | None = None,
+    workspace: Array | None = None,
+    stream: int | None = None,
+    threads: int | None = None,
+    kernel: str | None = None,
+) -> None:
+    """Writes the convolution of +1/-1 values, acc, or y = fma(acc, scale, bias) + residual.
+
+    input: uint8 (N, H, W, packed_bytes(C)).
+    prepared_weight: from prepare_weight, with the same kernel.
+    out: its dtype says what is written: int32 acc itself, which is exact; float32, float16 or
+        bfloat16 y, computed in float32 and rounded once; uint8 the packed bits of y >= threshold.
+        (N, OH, OW, O), for layout "nchw" (N, O, OH, OW), for bits (N, OH, OW, packed_bytes(O)).
+    scale, bias: float32 (O,).
+    threshold: a number or float32 (O,), for bits; 0 unless given.
+    residual: float32, float16 or bfloat16, shaped as the values of out; may not overlap it.
+    workspace: uint8, one dimension of at least workspace_bytes(shape).
+    kernel: a name from available_kernels(), instead of the best one for the shape.
+    """
+
+def abs_mean(
+    x: Array, out: Array, *, stream: int | None = None, threads: int | None = None
+) -> None:
+    """Writes mean(|x|) to a float32 out of one element, or mean(|x[i]|) to one of x.shape[0]."""
+
+def scale_channels(
+    x: Array,
+    scale: Array,
+    out: Array,
+    *,
+    layout: Layout = "nchw",
+    stream: int | None = None,
+    threads: int | None = None,
+) -> None:
+    """Writes x * scale[c], in float32, rounded once to x's dtype; out may be x.
+
+    x, out: float32, float16 or bfloat16, (N, C, H, W) or for layout "nhwc" (N, H, W, C).
+    scale: float32 (C,).
+    """
+
+def kernel_name(shape: Conv2dShape, *, device: int | None = None, kernel: str | None = None) -> str:
+    """The kernel that binary_conv2d runs for this shape, such as "cpu_avx2"."""
+
+def available_kernels(device: int | None = None) -> list[str]:
+    """Names of the kernels that can run on the CPU (None) or on a CUDA device, best first."""
+
+def version() -> str:
+    """The version of libbinconv."""
+
+def cuda_architectures() -> str:
+    """GPU architectures with compiled code, as given to CMake; "" in a CPU-only build."""
+
+def cuda_devices() -> list[tuple[str, int]]:
+    """(name, compute capability such as 90) of each CUDA device."""

@@ -1,0 +1,470 @@
+"""The operators torch.ops.binconv, on the current CUDA stream or torch's CPU threads.
+
+Registered with `torch.library.Library` rather than `custom_op`, which costs three times as much a
+call. Sizes are lists of ints in the order of the C++ library: stride and dilation (height, width),
+padding (top, left, bottom, right). An `out_dtype` of None stands for packed bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import binconv
+
+_library = torch.library.Library("binconv", "DEF")
+
+_GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups, int pad_value"
+_EPILOGUE = "Tensor? scale, Tensor? bias, Tensor? residual"
+
+_library.define("pack_bits(Tensor x, float threshold, Tensor? channel_threshold) -> Tensor")
+_library.define("unpack_bits(Tensor packed, int channels, ScalarType dtype) -> Tensor")
+_library.define("abs_mean(Tensor x, int rows) -> Tensor")
+_library.define("prepare_weight(Tensor packed, int in_channels, int groups) -> Tensor")
+_library.define(
+    "refresh_weight(Tensor weight, int groups, bool per_channel, Tensor(a!) prepared, "
+    "Tensor(b!) scale, Tensor stamp) -> ()"
+)
+_library.define(
+    "packed_conv2d(Tensor packed, Tensor prepared, int[4] weight_shape, "
+    f"{_GEOMETRY}, {_EPILOGUE}, float threshold, Tensor? channel_threshold, "
+    "ScalarType? out_dtype, bool channels_last) -> Tensor"
+)
+_library.define(
+    f"conv2d(Tensor x, Tensor weight, Tensor? prepared, {_GEOMETRY}, {_EPILOGUE}, "
+    "ScalarType out_dtype) -> Tensor"
+)
+
+
+def _queue(x: Tensor) -> dict[str, Any]:
+    """Where to run: the keyword arguments of the neutral functions for a tensor's device."""
+    if x.is_cuda:
+        return {"stream": torch.cuda.current_stream(x.device).cuda_stream}
+    return {"threads": torch.get_num_threads()}
+
+
+def _place(x: Tensor) -> dict[str, Any]:
+    """The same for the functions that only ask about a device."""
+    return {"device": x.device.index if x.is_cuda else None}
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x lies in memory as NHWC and not also as NCHW."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Packed or prepared bits as the kernels read them: contiguous and aligned to 16 bytes."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
+def _dense(x: Tensor) -> tuple[Tensor, Literal["nchw", "nhwc"]]:
+    """The array behind a tensor, as its memory lies, and the layout that this makes it."""
+    x = x.detach()
+    if is_channels_last(x):
+        return x.permute(0, 2, 3, 1), "nhwc"
+    return x.contiguous(), "nchw"
+
+
+def _pack_bits(x: Tensor, threshold: float, channel_threshold: Tensor | None) -> Tensor:
+    array, layout = _dense(x)
+    packed = _new_packed(x.shape, x)
+    limit = threshold if channel_threshold is None else channel_threshold.detach()
+    binconv.pack_bits(array, packed, layout=layout, threshold=limit, **_queue(x))
+    return packed
+
+
+def _new_packed(shape: Sequence[int], like: Tensor) -> Tensor:
+    # packed_bytes in Python: the sizes can be symbolic.
+    batch, channels, height, width = shape
+    sizes = (batch, height, width, 16 * ((channels + 127) // 128))
+    return torch.empty(sizes, dtype=torch.uint8, device=like.device)
+
+
+def _fake_pack_bits(x: Tensor, threshold: float, channel_threshold: Tensor | None) -> Tensor:
+    return _new_packed(x.shape, x)
+
+
+def _unpack_bits(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    out = _fake_unpack_bits(packed, channels, dtype)
+    array = out.permute(0, 2, 3, 1)
+    binconv.unpack_bits(_bits(packed), array, layout="nhwc", **_queue(packed))
+    return out
+
+
+def _fake_unpack_bits(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    out = torch.empty((*packed.shape[:3], channels), dtype=dtype, device=packed.device)
+    return out.permute(0, 3, 1, 2)
+
+
+def _abs_mean(x: Tensor, rows: int) -> Tensor:
+    out = _fake_abs_mean(x, rows)
+    binconv.abs_mean(x.detach().contiguous(), out, **_queue(x))
+    return out
+
+
+def _fake_abs_mean(x: Tensor, rows: int) -> Tensor:
+    return torch.empty(rows, dtype=torch.float32, device=x.device)
+
+
+def _weight_shape(shape: Sequence[int], groups: int) -> binconv.WeightShape:
+    """shape: (out_channels, in_channels / groups, kernel_height, kernel_width)."""
+    out_channels, in_channels, kernel_height, kernel_width = shape
+    return binconv.WeightShape(
+        out_channels, in_channels * groups, kernel_height, kernel_width, groups
+    )
+
+
+def new_prepared(shape: Sequence[int], groups: int, like: Tensor) -> Tensor:
+    """Memory for the prepared form of a weight of this shape, on the device of `like`."""
+    size = binconv.prepared_weight_bytes(_weight_shape(shape, groups), **_place(like))
+    return torch.empty(size, dtype=torch.uint8, device=like.device)
+
+
+def _prepare_weight(packed: Tensor, in_channels: int, groups: int) -> Tensor:
+    out_channels, kernel_height, kernel_width, _ = packed.shape
+    shape = (out_channels, in_channels, kernel_height, kernel_width)
+    prepared = new_prepared(shape, groups, packed)
+    binconv.prepare_weight(_weight_shape(shape, groups), _bits(packed), prepared, **_queue(packed))
+    return prepared
+
+
+def _fake_prepare_weight(packed: Tensor, in_channels: int, groups: int) -> Tensor:
+    out_channels, kernel_height, kernel_width, _ = packed.shape
+    return new_prepared((out_channels, in_channels, kernel_height, kernel_width), groups, packed)
+
+
+def _refresh_weight(
+    weight: Tensor, groups: int, per_channel: bool, prepared: Tensor, scale: Tensor, stamp: Tensor
+) -> None:
+    """Rewrites prepared (and scale, unless it is empty) if they are not made from this weight.
+
+    The stamp, an empty tensor on the CPU, remembers what they are made from.
+    """
+    source = None if weight.is_inference() else _Source(weight)  # Inference keeps no version.
+    if source is not None and source.is_same(getattr(stamp, "_binconv_source", None)):
+        return
+    packed = _pack_bits(weight, 0.0, None)
+    shape = _weight_shape(weight.shape, groups)
+    binconv.prepare_weight(shape, packed, prepared, **_queue(weight))
+    if scale.numel():
+        scale.copy_(_abs_mean(weight, scale.numel() if per_channel else 1))
+    stamp._binconv_source = source  # type: ignore[attr-defined]
+
+
+class _Identity:
+    """A mark on a tensor that no other tensor has: copying or pickling one makes a new mark."""
+
+    def __reduce__(self) -> tuple[type[_Identity], tuple[()]]:
+        return _Identity, ()
+
+
+class _Source:
+    """What a weight was at one time: which tensor, in which memory, at which version."""
+
+    def __init__(self, weight: Tensor) -> None:
+        if not hasattr(weight, "_binconv_identity"):
+            weight._binconv_identity = _Identity()  # type: ignore[attr-defined]
+        self.identity = weight._binconv_identity  # type: ignore[attr-defined]
+        self.version = weight._version
+        self.memory = weight.detach()  # Kept, so that nothing else can lie at its address.
+
+    def is_same(self, other: _Source | None) -> bool:
+        return (
+            other is not None
+            and self.identity is other.identity
+            and self.version == other.version
+            and self.memory.data_ptr() == other.memory.data_ptr()
+        )
+
+
+def _packed_conv2d(
+    packed: Tensor,
+    prepared: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pad_value: int,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    threshold: float,
+    channel_threshold: Tensor | None,
+    out_dtype: torch.dtype | None,
+    channels_last: bool,
+) -> Tensor:
+    batch, height, width, _ = packed.shape
+    shape = binconv.Conv2dShape(
+        batch,
+        height,
+        width,
+        _weight_shape(weight_shape, groups),
+        stride=tuple(stride),  # type: ignore[arg-type]
+        padding=tuple(padding),  # type: ignore[arg-type]
+        dilation=tuple(dilation),  # type: ignore[arg-type]
+        pad_value=pad_value,
+    )
+    queue = _queue(packed)
+    scratch = binconv.workspace_bytes(shape, **_place(packed), threads=queue.get("threads"))
+    workspace = torch.empty(scratch, dtype=torch.uint8, device=packed.device) if scratch else None
+    sizes = (batch, shape.weight.out_channels, shape.out_height, shape.out_width)
+    out = _new_output(sizes, packed, out_dtype, channels_last)
+    limit: Tensor | float | None = None
+    if out_dtype is None:
+        limit = threshold if channel_threshold is None else channel_threshold.detach()
+    binconv.binary_conv2d(
+        shape,
+        _bits(packed),
+        _bits(prepared),
+        out if out_dtype is None else _in_layout(out, channels_last),
+        layout="nhwc" if channels_last else "nchw",
+        scale=None if scale is None else scale.detach(),
+        bias=None if bias is None else bias.detach(),
+        residual=None
+        if residual is None
+        else _in_layout(residual.detach(), channels_last).contiguous(),
+        threshold=limit,
+        workspace=workspace,
+        **queue,
+    )
+    return out
+
+
+def _in_layout(x: Tensor, channels_last: bool) -> Tensor:
+    return x.permute(0, 2, 3, 1) if channels_last else x
+
+
+def _new_output(
+    sizes: Sequence[int], like: Tensor, out_dtype: torch.dtype | None, channels_last: bool
+) -> Tensor:
+    if out_dtype is None:
+        return _new_packed(sizes, like)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(sizes, dtype=out_dtype, device=like.device, memory_format=memory_format)
+
+
+def out_sizes(
+    batch: int,
+    in_sizes: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int, int, int]:
+    """(N, O, OH, OW); in Python, as the sizes can be symbolic."""
+    extents = []
+    for i, name in enumerate(("height", "width")):
+        room = in_sizes[i] + padding[i] + padding[i + 2]
+        reach = dilation[i] * (weight_shape[i + 2] - 1) + 1
+        if reach > room:
+            raise ValueError(
+                f"weight: got a kernel that reaches over {reach} pixels of {name}, expected at "
+                f"most the {room} of the padded image"
+            )
+        extents.append((room - reach) // stride[i] + 1)
+    return batch, weight_shape[0], extents[0], extents[1]
+
+
+def _fake_packed_conv2d(
+    packed: Tensor,
+    prepared: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pad_value: int,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    threshold: float,
+    channel_threshold: Tensor | None,
+    out_dtype: torch.dtype | None,
+    channels_last: bool,
+) -> Tensor:
+    batch, height, width, _ = packed.shape
+    sizes = out_sizes(batch, (height, width), weight_shape, stride, padding, dilation)
+    return _new_output(sizes, packed, out_dtype, channels_last)
+
+
+def _conv2d(
+    x: Tensor,
+    weight: Tensor,
+    prepared: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pad_value: int,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """Convolution of the signs of x and weight; `prepared`, if given, is made from this weight."""
+    if prepared is None:
+        prepared = _prepare_weight(_pack_bits(weight, 0.0, None), weight.shape[1], groups)
+    return _packed_conv2d(
+        _pack_bits(x, 0.0, None),
+        prepared,
+        weight.shape,
+        stride,
+        padding,
+        dilation,
+        groups,
+        pad_value,
+        scale,
+        bias,
+        residual,
+        0.0,
+        None,
+        out_dtype,
+        is_channels_last(x),
+    )
+
+
+def _fake_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    prepared: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pad_value: int,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    sizes = out_sizes(x.shape[0], x.shape[2:], weight.shape, stride, padding, dilation)
+    return _new_output(sizes, x, out_dtype, is_channels_last(x))
+
+
+def _save_for_conv2d_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, *geometry, scale, bias, residual, _ = inputs
+    ctx.save_for_backward(x, weight, scale, bias, residual)
+    ctx.geometry = geometry
+
+
+def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The clipped straight-through estimator (Hubara et al., 2016, Binarized Neural Networks).
+
+    d sign(v) / dv is taken as 1 for |v| <= 1 and as 0 elsewhere, for x and for weight; everything
+    else is the gradient of a convolution of the signs.
+    """
+    x, weight, scale, bias, residual = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    grad_x, grad_weight = _sign_gradients(grad, x, weight, scale, ctx.geometry, needs[:2])
+    acc = None
+    if needs[8]:
+        acc = torch.ops.binconv.conv2d(
+            x, weight, None, *ctx.geometry, None, None, None, torch.float32
+        )
+    return (
+        grad_x,
+        grad_weight,
+        *[None] * 6,
+        *_epilogue_gradients(grad, acc, bias if needs[9] else None, residual),
+        None,
+    )
+
+
+def _sign(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.where(x >= 0, 1.0, -1.0).to(dtype)
+
+
+def _sign_gradients(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    geometry: tuple[Any, ...],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    if not any(needs):
+        return None, None
+    stride, padding, dilation, groups, pad_value = geometry
+    top, left, bottom, right = padding
+    if scale is not None:
+        grad = grad * scale.to(grad.dtype).view(1, -1, 1, 1)
+    signs = _sign(x, grad.dtype)
+    signs = torch.nn.functional.pad(signs, (left, right, top, bottom), value=float(pad_value))
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad,
+        signs,
+        _sign(weight, grad.dtype),
+        None,
+        stride,
+        [0, 0],
+        dilation,
+        False,
+        [0, 0],
+        groups,
+        [*needs, False],
+    )
+    if needs[0]:
+        grad_x = grad_x[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+        grad_x = (grad_x * (x.abs() <= 1)).to(x.dtype)
+    if needs[1]:
+        grad_weight = (grad_weight * (weight.abs() <= 1)).to(weight.dtype)
+    return grad_x, grad_weight
+
+
+def _epilogue_gradients(
+    grad: Tensor, acc: Tensor | None, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of scale, if its factor acc is given, bias and residual."""
+    return (
+        None if acc is None else (grad.float() * acc).sum((0, 2, 3)),
+        None if bias is None else grad.sum((0, 2, 3), dtype=bias.dtype),
+        None if residual is None else grad.to(residual.dtype),
+    )
+
+
+def _save_for_packed_conv2d_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    packed, prepared, *geometry, _, bias, residual, _, _, _, channels_last = inputs
+    ctx.save_for_backward(packed, prepared, bias, residual)
+    ctx.geometry = geometry
+    ctx.channels_last = channels_last
+
+
+def _packed_conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    packed, prepared, bias, residual = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    acc = None
+    if needs[8]:
+        plain = (None, None, None, 0.0, None, torch.float32)
+        acc = torch.ops.binconv.packed_conv2d(
+            packed, prepared, *ctx.geometry, *plain, ctx.channels_last
+        )
+    gradients = _epilogue_gradients(grad, acc, bias if needs[9] else None, residual)
+    return *[None] * 8, *gradients, *[None] * 4
+
+
+_OPERATORS: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = [
+    ("pack_bits", _pack_bits, _fake_pack_bits),
+    ("unpack_bits", _unpack_bits, _fake_unpack_bits),
+    ("abs_mean", _abs_mean, _fake_abs_mean),
+    ("prepare_weight", _prepare_weight, _fake_prepare_weight),
+    ("refresh_weight", _refresh_weight, lambda *_: None),
+    ("packed_conv2d", _packed_conv2d, _fake_packed_conv2d),
+    ("conv2d", _conv2d, _fake_conv2d),
+]
+for _name, _function, _fake in _OPERATORS:
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _function, _key)
+    torch.library.register_fake(f"binconv::{_name}", _fake, lib=_library)
+for _name, _backward, _save in [
+    ("conv2d", _conv2d_backward, _save_for_conv2d_backward),
+    ("packed_conv2d", _packed_conv2d_backward, _save_for_packed_conv2d_backward),
+]:
+    torch.library.register_autograd(
+        f"binconv::{_name}", _backward, setup_context=_save, lib=_library
+    )

@@ -1,0 +1,328 @@
+// binconv._binconv: libbinconv on DLPack arrays. Owns no memory and no policy.
+
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include "arrays.h"
+
+using namespace nanobind::literals;
+using namespace binconv;
+using namespace binconv::python;
+
+namespace {
+
+using OptionalStream = std::optional<uintptr_t>;
+using OptionalThreads = std::optional<int>;
+using OptionalKernel = std::optional<std::string>;
+
+const char* c_str(const OptionalKernel& kernel) { return kernel ? kernel->c_str() : nullptr; }
+const Array* pointer(const std::optional<Array>& array) { return array ? &*array : nullptr; }
+
+const float* floats(const std::optional<Array>& array) {
+  return array ? static_cast<const float*>(array->data) : nullptr;
+}
+
+Layout layout_from(const std::string& layout) {
+  if (layout != "nchw" && layout != "nhwc") {
+    fail("layout: got \"", layout, "\", expected \"nchw\" or \"nhwc\"");
+  }
+  return layout == "nchw" ? Layout::kNCHW : Layout::kNHWC;
+}
+
+ImageShape image_of(const Array& array, Layout layout) {
+  array.expect_rank(4);
+  const auto& s = array.shape;
+  if (layout == Layout::kNCHW) return {s[0], s[1], s[2], s[3]};
+  return {s[0], s[3], s[1], s[2]};
+}
+
+std::vector<int64_t> packed_shape(const ImageShape& image) {
+  return {image.batch, image.height, image.width, packed_bytes(image.channels)};
+}
+
+// A threshold is None, a number, or one number per channel.
+struct ThresholdArgument {
+  ThresholdArgument(nb::handle object, int64_t channels) {
+    if (object.is_none() || nb::hasattr(object, "__dlpack__")) {
+      array = read_channels("threshold", object, channels);
+      threshold.per_channel = floats(array);
+      return;
+    }
+    const double value = PyFloat_AsDouble(object.ptr());
+    if (PyErr_Occurred()) {
+      const bool overflows = PyErr_ExceptionMatches(PyExc_OverflowError);
+      PyErr_Clear();
+      if (overflows) fail("threshold: got an int beyond a float's range, expected a float");
+      throw_type_error("threshold", object, "None, a number or a float32 array");
+    }
+    threshold.value = static_cast<float>(value);
+  }
+  Threshold threshold;
+  std::optional<Array> array;
+};
+
+constexpr auto kFloatTypes = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16};
+constexpr auto kValueTypes = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16,
+                              DataType::kInt8};
+constexpr auto kOutTypes = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16,
+                            DataType::kInt32, DataType::kBits};
+
+void pack(nb::handle x_object, nb::handle out_object, const std::string& layout_name,
+          nb::handle threshold_object, OptionalStream stream, OptionalThreads threads) {
+  const Array x = read("x", x_object), out = write("out", out_object);
+  const Layout layout = layout_from(layout_name);
+  const ImageShape image = image_of(x, layout);
+  x.expect_type(kValueTypes);
+  out.expect_packed(packed_shape(image));
+  const ThresholdArgument threshold(threshold_object, image.channels);
+  const Queue queue = queue_for(x, {&out, pointer(threshold.array)}, stream, threads);
+  nb::gil_scoped_release unlocked;
+  pack_bits(image, x.data, x.type, layout, threshold.threshold, out.data, queue);
+}
+
+void unpack(nb::handle packed_object, nb::handle out_object, const std::string& layout_name,
+            OptionalStream stream, OptionalThreads threads) {
+  const Array packed = read("packed", packed_object), out = write("out", out_object);
+  const Layout layout = layout_from(layout_name);
+  const ImageShape image = image_of(out, layout);
+  out.expect_type(kValueTypes);
+  packed.expect_packed(packed_shape(image));
+  const Queue queue = queue_for(packed, {&out}, stream, threads);
+  nb::gil_scoped_release unlocked;
+  unpack_bits(image, packed.data, out.data, out.type, layout, queue);
+}
+
+void prepare(const WeightShape& shape, nb::handle packed_object, nb::handle out_object,
+             OptionalStream stream, OptionalThreads threads, const OptionalKernel& kernel) {
+  const Array packed = read("packed", packed_object), out = write("out", out_object);
+  const Queue queue = queue_for(packed, {&out}, stream, threads, c_str(kernel));
+  out.expect_bytes(prepared_weight_bytes(shape, queue));
+  packed.expect_packed({shape.out_channels, shape.kernel_height, shape.kernel_width,
+                        packed_bytes(shape.in_channels / shape.groups)});
+  nb::gil_scoped_release unlocked;
+  prepare_weight(shape, packed.data, out.data, queue);
+}
+
+void conv2d(const Conv2dShape& shape, nb::handle input_object, nb::handle prepared_object,
+            nb::handle out_object, const std::string& layout_name, nb::handle scale_object,
+            nb::handle bias_object, nb::handle residual_object, nb::handle threshold_object,
+            nb::handle workspace_object, OptionalStream stream, OptionalThreads threads,
+            const OptionalKernel& kernel) {
+  const Array input = read("input", input_object),
+              prepared = read("prepared_weight", prepared_object), out = write("out", out_object);
+  const int64_t out_channels = shape.weight.out_channels;
+  const auto scale = read_channels("scale", scale_object, out_channels);
+  const auto bias = read_channels("bias", bias_object, out_channels);
+  const ThresholdArgument threshold(threshold_object, out_channels);
+  const auto residual = read_optional("residual", residual_object);
+  std::optional<Array> workspace;
+  if (!workspace_object.is_none()) workspace = write("workspace", workspace_object);
+
+  const Queue queue = queue_for(input,
+                                {&prepared, &out, pointer(scale), pointer(bias),
+                                 pointer(threshold.array), pointer(residual), pointer(workspace)},
+                                stream, threads, c_str(kernel));
+  const int64_t scratch = workspace_bytes(shape, queue);  // Also checks the shape.
+  if (workspace) {
+    workspace->expect_bytes(scratch);
+  } else if (scratch > 0) {
+    fail("workspace: got None, expected a uint8 array of workspace_bytes(...) = ", scratch);
+  }
+  prepared.expect_bytes(prepared_weight_bytes(shape.weight, queue));
+  input.expect_packed(
+      packed_shape({shape.batch, shape.weight.in_channels, shape.in_height, shape.in_width}));
+  const bool bits = out.type == DataType::kBits;
+  const Layout named = layout_from(layout_name), layout = bits ? Layout::kNHWC : named;
+  const ImageShape image{shape.batch, out_channels, shape.out_height(), shape.out_width()};
+  const std::vector<int64_t> dense =
+      layout == Layout::kNCHW ? std::vector{image.batch, image.channels, image.height, image.width}
+                              : std::vector{image.batch, image.height, image.width, image.channels};
+  out.expect_type(kOutTypes);
+  if (bits) {
+    out.expect_packed(packed_shape(image));
+  } else {
+    out.expect_shape(dense);
+    if (!threshold_object.is_none())
+      fail("threshold: got one for an out of ", type_name(out.type), ", expected it for uint8");
+  }
+  if (residual) {
+    residual->expect_type(kFloatTypes);
+    residual->expect_shape(dense);
+  }
+
+  Epilogue epilogue;
+  epilogue.out_type = out.type;
+  epilogue.out_layout = layout;
+  epilogue.scale = floats(scale);
+  epilogue.bias = floats(bias);
+  epilogue.threshold = threshold.threshold;
+  if (residual) {
+    epilogue.residual = residual->data;
+    epilogue.residual_type = residual->type;
+  }
+  nb::gil_scoped_release unlocked;
+  binary_conv2d(shape, input.data, prepared.data, epilogue, out.data,
+                workspace ? workspace->data : nullptr, queue);
+}
+
+void mean(nb::handle x_object, nb::handle out_object, OptionalStream stream,
+          OptionalThreads threads) {
+  const Array x = read("x", x_object), out = write("out", out_object);
+  x.expect_type(kFloatTypes);
+  out.expect_type(DataType::kFloat32);
+  out.expect_rank(1);
+  int64_t size = 1;
+  for (int64_t extent : x.shape) size *= extent;
+  const int64_t rows = out.shape[0];
+  if (rows != 1 && (x.shape.empty() || rows != x.shape[0])) {
+    fail("out: got ", rows, " means, expected 1 or one for each x[i]");
+  }
+  const Queue queue = queue_for(x, {&out}, stream, threads);
+  nb::gil_scoped_release unlocked;
+  abs_mean(rows, rows ? size / rows : 1, x.data, x.type, static_cast<float*>(out.data), queue);
+}
+
+void scale(nb::handle x_object, nb::handle scale_object, nb::handle out_object,
+           const std::string& layout_name, OptionalStream stream, OptionalThreads threads) {
+  const Array x = read("x", x_object), out = write("out", out_object);
+  const Layout layout = layout_from(layout_name);
+  const ImageShape image = image_of(x, layout);
+  const Array factors = read("scale", scale_object);
+  factors.expect_type(DataType::kFloat32);
+  factors.expect_shape({image.channels});
+  x.expect_type(kFloatTypes);
+  out.expect_type(x.type);
+  out.expect_shape(x.shape);
+  const Queue queue = queue_for(x, {&out, &factors}, stream, threads);
+  nb::gil_scoped_release unlocked;
+  scale_channels(image, x.data, x.type, layout, static_cast<const float*>(factors.data), out.data,
+                 queue);
+}
+
+void translate(const std::exception_ptr& exception, void*) {
+  try {
+    std::rethrow_exception(exception);
+  } catch (const Error& error) {
+    PyObject* type = error.status() == Status::kInvalidArgument ? PyExc_ValueError
+                     : error.status() == Status::kNotSupported  ? PyExc_NotImplementedError
+                                                                : PyExc_RuntimeError;
+    PyErr_SetString(type, error.what());
+  }
+}
+
+void bind_shapes(nb::module_& m) {
+  nb::class_<WeightShape>(m, "WeightShape", "Sizes of a weight tensor.")
+      .def(
+          "__init__",
+          [](WeightShape* self, int64_t out_channels, int64_t in_channels, int64_t kernel_height,
+             int64_t kernel_width, int64_t groups) {
+            new (self) WeightShape{out_channels, in_channels, kernel_height, kernel_width, groups};
+          },
+          "out_channels"_a, "in_channels"_a, "kernel_height"_a, "kernel_width"_a, "groups"_a = 1)
+      .def_rw("out_channels", &WeightShape::out_channels)
+      .def_rw("in_channels", &WeightShape::in_channels)
+      .def_rw("kernel_height", &WeightShape::kernel_height)
+      .def_rw("kernel_width", &WeightShape::kernel_width)
+      .def_rw("groups", &WeightShape::groups);
+  using Pair = std::pair<int64_t, int64_t>;
+  using Quad = std::tuple<int64_t, int64_t, int64_t, int64_t>;
+  nb::class_<Conv2dShape>(m, "Conv2dShape",
+                          "All sizes of a convolution; padding is (top, left, bottom, right).")
+      .def(
+          "__init__",
+          [](Conv2dShape* self, int64_t batch, int64_t in_height, int64_t in_width,
+             const WeightShape& weight, Pair stride, Quad padding, Pair dilation, int pad_value) {
+            const auto [top, left, bottom, right] = padding;
+            new (self) Conv2dShape{
+                batch, in_height, in_width, weight,         stride.first,    stride.second, top,
+                left,  bottom,    right,    dilation.first, dilation.second, pad_value};
+          },
+          "batch"_a, "in_height"_a, "in_width"_a, "weight"_a, nb::kw_only(),
+          "stride"_a = Pair{1, 1}, "padding"_a = Quad{0, 0, 0, 0}, "dilation"_a = Pair{1, 1},
+          "pad_value"_a = 0)
+      .def_ro("batch", &Conv2dShape::batch)
+      .def_ro("in_height", &Conv2dShape::in_height)
+      .def_ro("in_width", &Conv2dShape::in_width)
+      .def_ro("weight", &Conv2dShape::weight)
+      .def_prop_ro("stride",
+                   [](const Conv2dShape& s) { return Pair{s.stride_height, s.stride_width}; })
+      .def_prop_ro("padding",
+                   [](const Conv2dShape& s) {
+                     return Quad{s.pad_top, s.pad_left, s.pad_bottom, s.pad_right};
+                   })
+      .def_prop_ro("dilation",
+                   [](const Conv2dShape& s) { return Pair{s.dilation_height, s.dilation_width}; })
+      .def_ro("pad_value", &Conv2dShape::pad_value)
+      .def_prop_ro("out_height", &Conv2dShape::out_height)
+      .def_prop_ro("out_width", &Conv2dShape::out_width);
+}
+
+void bind_queries(nb::module_& m) {
+  m.def("packed_bytes", &packed_bytes, "channels"_a,
+        "Bytes of one packed pixel: 16 * ceil(channels / 128).");
+  m.def(
+      "prepared_weight_bytes",
+      [](const WeightShape& shape, std::optional<int> device, const OptionalKernel& kernel) {
+        return prepared_weight_bytes(shape, queue_for(Device{device}, {}, c_str(kernel)));
+      },
+      "shape"_a, nb::kw_only(), "device"_a = nb::none(), "kernel"_a = nb::none(),
+      "Bytes of prepared weights on the CPU (device None) or on the CUDA device of that ordinal.");
+  m.def(
+      "workspace_bytes",
+      [](const Conv2dShape& shape, std::optional<int> device, OptionalThreads threads,
+         const OptionalKernel& kernel) {
+        return workspace_bytes(shape, queue_for(Device{device}, threads, c_str(kernel)));
+      },
+      "shape"_a, nb::kw_only(), "device"_a = nb::none(), "threads"_a = nb::none(),
+      "kernel"_a = nb::none(),
+      "Bytes of scratch memory for binary_conv2d with the same threads and kernel.");
+  m.def(
+      "kernel_name",
+      [](const Conv2dShape& shape, std::optional<int> device, const OptionalKernel& kernel) {
+        return std::string(kernel_name(shape, queue_for(Device{device}, {}, c_str(kernel))));
+      },
+      "shape"_a, nb::kw_only(), "device"_a = nb::none(), "kernel"_a = nb::none(),
+      "The kernel that binary_conv2d runs for this shape, such as \"cpu_avx2\".");
+  m.def(
+      "available_kernels",
+      [](std::optional<int> device) { return available_kernels(queue_for(Device{device}, {})); },
+      "device"_a = nb::none(), "Names of the kernels that can run on a device, best first.");
+  m.def("version", &version, "The version of libbinconv.");
+  m.def("cuda_architectures", &cuda_architectures,
+        "GPU architectures with compiled code; \"\" in a CPU-only build.");
+  m.def(
+      "cuda_devices",
+      [] {
+        std::vector<std::pair<std::string, int>> devices;
+        for (const CudaDevice& device : cuda_devices())
+          devices.emplace_back(device.name, device.compute_capability);
+        return devices;
+      },
+      "(name, compute capability such as 90) of each CUDA device.");
+}
+
+}  // namespace
+
+NB_MODULE(_binconv, m) {
+  nb::register_exception_translator(translate);
+  bind_shapes(m);
+  bind_queries(m);
+  m.def("pack_bits", pack, "x"_a.none(), "out"_a.none(), nb::kw_only(), "layout"_a = "nchw",
+        "threshold"_a = nb::none(), "stream"_a = nb::none(), "threads"_a = nb::none());
+  m.def("unpack_bits", unpack, "packed"_a.none(), "out"_a.none(), nb::kw_only(),
+        "layout"_a = "nchw", "stream"_a = nb::none(), "threads"_a = nb::none());
+  m.def("prepare_weight", prepare, "shape"_a, "packed"_a.none(), "out"_a.none(), nb::kw_only(),
+        "stream"_a = nb::none(), "threads"_a = nb::none(), "kernel"_a = nb::none());
+  m.def("binary_conv2d", conv2d, "shape"_a, "input"_a.none(), "prepared_weight"_a.none(),
+        "out"_a.none(), nb::kw_only(), "layout"_a = "nhwc", "scale"_a = nb::none(),
+        "bias"_a = nb::none(), "residual"_a = nb::none(), "threshold"_a = nb::none(),
+        "workspace"_a = nb::none(), "stream"_a = nb::none(), "threads"_a = nb::none(),
+        "kernel"_a = nb::none());
+  m.def("abs_mean", mean, "x"_a.none(), "out"_a.none(), nb::kw_only(), "stream"_a = nb::none(),
+        "threads"_a = nb::none());
+  m.def("scale_channels", scale, "x"_a.none(), "scale"_a.none(), "out"_a.none(), nb::kw_only(),
+        "layout"_a = "nchw", "stream"_a = nb::none(), "threads"_a = nb::none());
+}

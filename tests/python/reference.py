@@ -1,0 +1,84 @@
+"""Naive references in NumPy, after docs/conventions.md. They share nothing with the library."""
+
+import numpy as np
+
+
+def packed_bytes(channels):
+    return 16 * -(-channels // 128)
+
+
+def bits_of(x, threshold=0.0):
+    """Which values of (N,C,H,W) become a 1; `threshold` is a number or one per channel."""
+    threshold = np.asarray(threshold, np.float32).reshape(-1, 1, 1)
+    return x.astype(np.float32) >= threshold
+
+
+def pack(bits):
+    """Booleans (N,C,H,W) as a packed image: channel c is bit c % 8 of byte c / 8."""
+    batch, channels, height, width = bits.shape
+    packed = np.zeros((batch, height, width, packed_bytes(channels)), np.uint8)
+    for c in range(channels):
+        packed[..., c // 8] |= bits[:, c].astype(np.uint8) << np.uint8(c % 8)
+    return packed
+
+
+def signs(rng, *shape):
+    return rng.choice(np.array([-1, 1], np.int8), shape)
+
+
+def out_size(size, pads, kernel, stride, dilation):
+    return (size + pads - dilation * (kernel - 1) - 1) // stride + 1
+
+
+def conv2d(x, w, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), groups=1, pad_value=0):
+    """Cross-correlation of signs (N,C,H,W) with signs (O,C/groups,KH,KW), tap by tap, in float64.
+
+    padding is (top, left, bottom, right). Exact: every partial sum is an integer below 2^53.
+    """
+    top, left, bottom, right = padding
+    batch, _, in_height, in_width = x.shape
+    out_channels, depth, kernel_height, kernel_width = w.shape
+    height = out_size(in_height, top + bottom, kernel_height, stride[0], dilation[0])
+    width = out_size(in_width, left + right, kernel_width, stride[1], dilation[1])
+    pads = ((0, 0), (0, 0), (top, bottom), (left, right))
+    x = np.pad(x.astype(np.float64), pads, constant_values=pad_value)
+    w = w.astype(np.float64)
+    y = np.zeros((batch, out_channels, height, width))
+    filters = out_channels // groups
+    for g in range(groups):
+        inputs = x[:, g * depth : (g + 1) * depth]
+        outputs = slice(g * filters, (g + 1) * filters)
+        for i in range(kernel_height):
+            for j in range(kernel_width):
+                top, left = i * dilation[0], j * dilation[1]
+                rows = slice(top, top + stride[0] * (height - 1) + 1, stride[0])
+                columns = slice(left, left + stride[1] * (width - 1) + 1, stride[1])
+                tap = np.tensordot(w[outputs, :, i, j], inputs[:, :, rows, columns], (1, 1))
+                y[:, outputs] += tap.swapaxes(0, 1)
+    return y.astype(np.int64)
+
+
+def epilogue(acc, scale=None, bias=None, residual=None):
+    """y = fma(float(acc), scale[o], bias[o]) + residual in float32; residual is (N,O,P,Q).
+
+    The fused multiply-add is done in float64 and rounded once. That is the true fma wherever the
+    float64 sum is exact, which `random_factors` makes sure of.
+    """
+    column = (-1, 1, 1)
+    y = acc.astype(np.float64)
+    if scale is not None:
+        y = y * scale.astype(np.float64).reshape(column)
+    if bias is not None:
+        y = y + bias.astype(np.float64).reshape(column)
+    y = y.astype(np.float32)
+    return y if residual is None else y + residual.astype(np.float32)
+
+
+def random_factors(rng, count):
+    """float32 of either sign, full 24-bit significands, magnitudes in [1/8, 8).
+
+    With a scale and a bias of this kind acc * scale + bias is a multiple of 2^-26. For |acc| < 2^22
+    it is below 2^26, so it fits into 53 bits: float64 holds both the product and the sum exactly.
+    """
+    magnitude = np.exp2(rng.uniform(-3, 2.99, count))
+    return (magnitude * rng.choice([-1, 1], count)).astype(np.float32)

@@ -1,0 +1,19 @@
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_quick_start_runs(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_cpp_quick_start_is_the_program_that_ctest_builds_and_runs():
+    assert blocks("cpp") == [(ROOT / "tests/cpp/consumer/main.cpp").read_text()]

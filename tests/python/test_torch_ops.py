@@ -1,0 +1,1307 @@
+"""binconv.torch's functions against float64 F.conv2d on signs, which is exact."""
+
+import itertools
+import re
+import shutil
+import threading
+import warnings
+
+import pytest
+import reference
+import reference_torch
+import torch
+import torch.nn.functional as F
+from reference_torch import assert_gradient_is, factors
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from binconv.torch import BitTensor, binary_conv2d, pack_bits, pack_weight, prepare_weight
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+VALUES = (*FLOATS, torch.int8)
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def generator(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_values(g, *shape, dtype=torch.float32):
+    """Values of both signs, about a third of them beyond 1 in magnitude."""
+    if dtype == torch.int8:
+        return torch.randint(-128, 128, shape, generator=g, dtype=dtype)
+    return torch.randn(shape, generator=g).to(dtype)
+
+
+def packed_reference(bits):
+    """Booleans (N,C,H,W) -> the packed uint8 tensor."""
+    return torch.from_numpy(reference.pack(bits.cpu().numpy()))
+
+
+def channels_last(x):
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def trained(x, device):
+    """A copy of x that wants a gradient."""
+    return x.detach().clone().to(device).requires_grad_()
+
+
+# ------------------------------------------------------------------------------------------ packing
+
+
+@pytest.mark.parametrize("dtype", VALUES, ids=name_of)
+@pytest.mark.parametrize("channels", [1, 7, 33, 64, 128, 130, 512])
+def test_pack_bits_matches_reference(device, channels, dtype):
+    x = random_values(generator(0), 2, channels, 5, 7, dtype=dtype)
+    bits = pack_bits(x.to(device))
+    assert isinstance(bits, BitTensor)
+    assert bits.data.dtype == torch.uint8
+    assert bits.data.shape == (2, 5, 7, reference.packed_bytes(channels))
+    assert bits.data.is_contiguous()
+    assert bits.shape == torch.Size((2, channels, 5, 7))
+    assert isinstance(bits.shape, torch.Size)
+    assert bits.channels == channels
+    assert bits.device == bits.data.device
+    assert bits.device.type == device
+    assert torch.equal(bits.data.cpu(), packed_reference(x >= 0))
+
+
+def strided_views():
+    g = generator(1)
+    x = random_values(g, 2, 12, 6, 8)
+    yield "contiguous", x
+    yield "channels_last", channels_last(x)
+    yield "sliced_width", random_values(g, 2, 12, 6, 16)[..., ::2]
+    yield "sliced_channels", random_values(g, 2, 24, 6, 8)[:, 3:15]
+    yield "sliced_batch", random_values(g, 6, 12, 6, 8)[1::3]
+    yield "channels_last_sliced", channels_last(random_values(g, 2, 12, 9, 9))[:, :, 1:7, :8]
+    yield "offset_by_one_value", random_values(g, 2 * 12 * 6 * 8 + 1)[1:].view(2, 12, 6, 8)
+    yield "expanded_batch", random_values(g, 1, 12, 6, 8).expand(2, -1, -1, -1)
+    yield "expanded_channels", random_values(g, 2, 1, 6, 8).expand(-1, 12, -1, -1)
+    yield "transposed", random_values(g, 2, 12, 8, 6).transpose(2, 3)
+    yield "flipped", x.flip(3)
+    yield "permuted", random_values(g, 8, 6, 12, 2).permute(3, 2, 1, 0)
+
+
+VIEWS = dict(strided_views())
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_pack_bits_takes_any_strides(device, view):
+    x = VIEWS[view].to(device)
+    assert torch.equal(pack_bits(x).data.cpu(), packed_reference(VIEWS[view] >= 0))
+
+
+def test_special_values_pack_by_the_convention(device):
+    values = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45])
+    bits = torch.tensor([True, True, False, True, False, True, False])
+    for x in (values.reshape(1, 7, 1, 1), values.reshape(1, 1, 1, 7)):
+        packed = pack_bits(x.to(device))
+        assert torch.equal(packed.data.cpu(), packed_reference(bits.reshape(x.shape)))
+        unpacked = packed.unpack()
+        assert torch.equal(unpacked.cpu().reshape(-1), bits.float() * 2 - 1)
+
+
+@pytest.mark.parametrize("dtype", VALUES, ids=name_of)
+@pytest.mark.parametrize("threshold", [0.5, -0.25, 3, -1e30, float("inf"), float("nan")])
+def test_number_threshold(device, threshold, dtype):
+    x = random_values(generator(2), 2, 33, 4, 5, dtype=dtype)
+    expected = x.float() >= torch.tensor(threshold, dtype=torch.float32)
+    got = pack_bits(x.to(device), threshold)
+    assert torch.equal(got.data.cpu(), packed_reference(expected))
+
+
+@pytest.mark.parametrize("dtype", VALUES, ids=name_of)
+def test_channel_thresholds(device, dtype):
+    g = generator(3)
+    x = random_values(g, 2, 33, 4, 5, dtype=dtype)
+    threshold = torch.randn(33, generator=g)
+    threshold[::4] = x[0, ::4, 0, 0].float()
+    expected = packed_reference(x.float() >= threshold.reshape(-1, 1, 1))
+    assert torch.equal(pack_bits(x.to(device), threshold.to(device)).data.cpu(), expected)
+    strided = torch.stack((threshold, threshold), 1)[:, 0]
+    assert torch.equal(pack_bits(x.to(device), strided.to(device)).data.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", VALUES, ids=name_of)
+def test_unpack_gives_channels_last_signs(device, dtype):
+    x = random_values(generator(4), 2, 37, 4, 5)
+    values = pack_bits(x.to(device)).unpack(dtype)
+    assert values.dtype == dtype
+    assert values.shape == x.shape
+    assert values.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(values.cpu().double(), reference_torch.sign(x))
+
+
+def test_unpack_gives_float32_unless_told():
+    assert pack_bits(torch.ones(1, 3, 2, 2)).unpack().dtype == torch.float32
+
+
+def test_bit_tensor_moves_between_devices(device):
+    x = random_values(generator(5), 2, 20, 3, 4)
+    moved = pack_bits(x).to(device)
+    assert isinstance(moved, BitTensor)
+    assert moved.device.type == device
+    assert moved.shape == x.shape
+    assert torch.equal(moved.to("cpu").unpack().double(), reference_torch.sign(x))
+
+
+def test_pack_of_an_empty_batch(device):
+    bits = pack_bits(torch.zeros(0, 9, 4, 5, device=device))
+    assert bits.shape == (0, 9, 4, 5)
+    assert bits.data.shape == (0, 4, 5, 16)
+    assert bits.unpack().shape == (0, 9, 4, 5)
+
+
+def test_pack_bits_of_a_tensor_that_requires_grad(device):
+    x = torch.ones(1, 3, 2, 2, device=device, requires_grad=True)
+    assert not pack_bits(x).data.requires_grad
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_pack_weight_is_a_packed_image(device, dtype):
+    for shape in ((5, 33, 3, 2), (1, 1, 1, 1), (7, 130, 1, 7)):
+        w = random_values(generator(6), *shape, dtype=dtype)
+        packed = pack_weight(w.to(device))
+        expected = packed_reference(w >= 0)
+        assert packed.dtype == torch.uint8
+        assert torch.equal(packed.cpu(), expected)
+        assert torch.equal(pack_weight(channels_last(w).to(device)).cpu(), expected)
+        assert torch.equal(pack_weight(torch.nn.Parameter(w.to(device))).cpu(), expected)
+
+
+def test_prepared_weight_describes_itself(device):
+    w = random_values(generator(7), 6, 24, 3, 5).to(device)
+    for weight, arguments in ((w, {}), (pack_weight(w), {"in_channels": 24})):
+        prepared = prepare_weight(weight, groups=2, **arguments)
+        assert prepared.data.dtype == torch.uint8
+        assert prepared.data.dim() == 1
+        assert tuple(prepared.shape) == (6, 24, 3, 5)
+        assert prepared.groups == 2
+        assert prepared.device == w.device
+    assert prepare_weight(w).groups == 1
+
+
+def test_prepared_float_and_packed_weights_are_the_same(device):
+    w = random_values(generator(8), 6, 24, 3, 5).to(device)
+    x = random_values(generator(9), 2, 48, 9, 9).to(device)
+    acc = reference_torch.conv2d(x, w, groups=2)
+    prepared = [
+        prepare_weight(w, 2),
+        prepare_weight(pack_weight(w), 2, 24),
+        prepare_weight(channels_last(w), groups=2),
+        prepare_weight(w.half(), groups=2),
+    ]
+    for weight in prepared:
+        for groups in (1, 2):  # The default, or what was prepared.
+            got = binary_conv2d(x, weight, groups=groups, out_dtype=torch.int32)
+            assert torch.equal(got.cpu().double(), acc)
+
+
+# -------------------------------------------------------------------------------------- convolution
+
+
+def draw_shapes():
+    """Every channel count with every kernel, the rest of the list drawn around them."""
+    g = torch.Generator().manual_seed(2025)
+
+    def choose(values):
+        return values[int(torch.randint(len(values), (), generator=g))]
+
+    channels = (1, 7, 8, 31, 32, 33, 48, 64, 96, 127, 128, 130, 512)
+    kernels = (1, 3, 5, 7, (1, 7))
+    for in_channels, kernel in itertools.product(channels, kernels):
+        kernel = reference_torch.pair(kernel)
+        stride, dilation = choose((1, 1, 2, 3, (1, 2))), choose((1, 1, 2, 3, (3, 1)))
+        padding = choose((0, 1, 2, 3, (2, 0), kernel, (kernel[0] + 1, 1)))
+        if stride == 1:
+            padding = choose((padding, "same"))
+        pads = reference_torch.pads_of(padding, kernel, dilation)
+        extent = [
+            d * (k - 1) + 1 for k, d in zip(kernel, reference_torch.pair(dilation), strict=True)
+        ]
+        size = [max(choose(range(1, 13)), extent[i] - pads[i] - pads[i + 2]) for i in (0, 1)]
+        out_channels = choose((1, 7, 64, 130))
+        divides = [k for k in (2, 4) if in_channels % (8 * k) == 0 and out_channels % k == 0]
+        groups = choose((1, *divides))
+        yield {
+            "x": (choose((1, 2, 3)), in_channels, *size),
+            "w": (out_channels, in_channels // groups, *kernel),
+            "stride": stride,
+            "padding": padding,
+            "dilation": dilation,
+            "groups": groups,
+            "pad_value": choose((0, 1, -1)),
+        }
+
+
+# The shapes of the first CUTLASS layer's own tests, with smaller batches and images.
+SEED_SHAPES = [
+    {"x": (1, 1024, 32, 32), "w": (32, 1024, 3, 3), "stride": 2, "padding": 2},
+    {"x": (2, 1024, 56, 56), "w": (64, 1024, 1, 1), "stride": 2},
+    {"x": (1, 1024, 24, 24), "w": (64, 1024, 3, 3), "padding": 1},
+    {"x": (1, 2048, 64, 64), "w": (64, 2048, 1, 1)},
+    {"x": (1, 4096, 9, 9), "w": (128, 4096, 5, 5), "padding": 1},
+]
+SPECIAL_SHAPES = [
+    {"x": (0, 8, 5, 5), "w": (3, 8, 3, 3)},
+    {"x": (1, 8, 5, 5), "w": (3, 8, 3, 3)},
+    {"x": (130, 24, 6, 5), "w": (7, 24, 3, 3), "padding": 1},
+    {"x": (1, 33, 1, 1), "w": (5, 33, 3, 3), "padding": 3, "pad_value": 1},
+    {"x": (1, 16, 2, 2), "w": (5, 16, 3, 3), "padding": 7, "pad_value": -1, "stride": 2},
+    {"x": (1, 40, 3, 50), "w": (65, 40, 3, 3), "padding": (0, 1)},
+    {"x": (2, 72, 7, 7), "w": (9, 24, 3, 3), "groups": 3, "padding": 1, "pad_value": 1},
+    {"x": (1, 128, 8, 8), "w": (32, 8, 3, 3), "groups": 16, "padding": "same"},
+    {"x": (2, 160, 6, 7), "w": (12, 40, 3, 3), "groups": 4, "dilation": 2, "padding": 3},
+    {"x": (2, 20, 9, 6), "w": (4, 20, 2, 4), "padding": "same", "pad_value": -1},
+    {"x": (2, 20, 9, 6), "w": (4, 20, 4, 2), "padding": "same", "dilation": (3, 2)},
+    {"x": (2, 20, 9, 6), "w": (4, 20, 3, 3), "padding": "valid", "stride": (2, 1)},
+]
+SHAPES = [*draw_shapes(), *SEED_SHAPES, *SPECIAL_SHAPES]
+
+
+def shape_id(case):
+    text = "x".join(map(str, case["x"])) + "-" + "x".join(map(str, case["w"]))
+    return text + "".join(f"-{key}{case[key]}" for key in case if key not in "xw").replace(" ", "")
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=shape_id)
+def test_convolution_is_exact(device, case):
+    g = generator(10)
+    geometry = {key: case[key] for key in case if key not in ("x", "w")}
+    x, w = random_values(g, *case["x"]), random_values(g, *case["w"])
+    acc = reference_torch.conv2d(x, w, **geometry)
+    x, w = x.to(device), w.to(device)
+    integers = binary_conv2d(x, w, out_dtype=torch.int32, **geometry)
+    assert integers.dtype == torch.int32
+    assert torch.equal(integers.cpu().double(), acc)
+    assert torch.equal(binary_conv2d(x, w, **geometry).cpu().double(), acc)
+
+    geometry.pop("groups", None)
+    prepared = prepare_weight(w, case.get("groups", 1))
+    packed = binary_conv2d(pack_bits(channels_last(x)), prepared, **geometry)
+    assert packed.dtype == torch.float32
+    assert torch.equal(packed.cpu().double(), acc)
+    bits = binary_conv2d(x, prepared, out_dtype="bits", threshold=2, **geometry)
+    assert bits.shape == acc.shape
+    assert torch.equal(bits.data.cpu(), packed_reference(acc >= 2))
+
+
+def test_the_shapes_cover_the_list():
+    def seen(key):
+        return {case.get(key, 1) for case in SHAPES}
+
+    assert {1, 7, 8, 31, 32, 33, 48, 64, 96, 127, 128, 130, 512} <= {c["x"][1] for c in SHAPES}
+    assert {1, 7, 64, 130} <= {case["w"][0] for case in SHAPES}
+    assert {(1, 1), (3, 3), (5, 5), (7, 7), (1, 7)} <= {case["w"][2:] for case in SHAPES}
+    assert {1, 2, 3} <= seen("stride")
+    assert {1, 2, 3} <= seen("dilation")
+    assert {0, 1, 2, 3, "same", "valid"} <= seen("padding")
+    assert {1, 2, 3, 4, 16} <= seen("groups")
+    assert {0, 1, -1} <= seen("pad_value")
+    assert {0, 1, 130} <= {case["x"][0] for case in SHAPES}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("kernel", [2, 4, (2, 3), (1, 4), (6, 1)])
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+def test_same_padding_is_that_of_f_conv2d(device, kernel, dilation):
+    g = generator(11)
+    x, w = random_values(g, 2, 10, 13, 11), random_values(g, 5, 10, *reference_torch.pair(kernel))
+    signs = reference_torch.sign(x), reference_torch.sign(w)
+    expected = F.conv2d(*signs, padding="same", dilation=dilation)
+    got = binary_conv2d(x.to(device), w.to(device), padding="same", dilation=dilation)
+    assert got.shape == (2, 5, 13, 11)
+    assert torch.equal(got.cpu().double(), expected)
+    assert torch.equal(reference_torch.conv2d(x, w, padding="same", dilation=dilation), expected)
+
+
+@pytest.mark.parametrize("dtype", VALUES, ids=name_of)
+@pytest.mark.parametrize("weight_dtype", FLOATS, ids=name_of)
+def test_input_and_weight_types(device, dtype, weight_dtype):
+    g = generator(12)
+    x = random_values(g, 2, 20, 6, 7, dtype=dtype).to(device)
+    w = random_values(g, 5, 20, 3, 3, dtype=weight_dtype).to(device)
+    acc = reference_torch.conv2d(x, w, padding=1)
+    got = binary_conv2d(x, w, padding=1, out_dtype=torch.int32)
+    assert torch.equal(got.cpu().double(), acc)
+    if dtype != torch.int8:
+        y = binary_conv2d(x, w, padding=1)
+        assert y.dtype == dtype
+        assert torch.equal(y.cpu().double(), acc)  # |acc| <= 180: exact in every type.
+    for out_dtype in FLOATS:
+        y = binary_conv2d(x, w, padding=1, out_dtype=out_dtype)
+        assert y.dtype == out_dtype
+        assert torch.equal(y.cpu().double(), acc)
+
+
+def test_positional_arguments_are_those_of_f_conv2d(device):
+    g = generator(13)
+    x, w = random_values(g, 2, 32, 9, 10).to(device), random_values(g, 6, 16, 3, 3).to(device)
+    bias = factors(g, 6).to(device)
+    arguments = (bias, (2, 1), (1, 2), (1, 3), 2)
+    signs = (reference_torch.sign(x), reference_torch.sign(w))
+    expected = F.conv2d(*signs, bias.cpu().double(), *arguments[1:]).float()
+    assert torch.equal(binary_conv2d(x, w, *arguments).cpu(), expected)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_convolution_takes_any_strides(device, view):
+    x = VIEWS[view].to(device)
+    w = random_values(generator(14), 5, 12, 3, 3)
+    acc = reference_torch.conv2d(x, w, padding=1)
+    weights = {
+        "contiguous": w,
+        "channels_last": channels_last(w),
+        "strided": torch.stack((w, w), -1)[..., 0],
+    }
+    for name, weight in weights.items():
+        got = binary_conv2d(x, weight.to(device), padding=1)
+        assert torch.equal(got.cpu().double(), acc), name
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=name_of)
+def test_memory_format_follows_the_input(device, dtype):
+    g = generator(15)
+    x = random_values(g, 2, 12, 6, 7, dtype=dtype).to(device)
+    w = random_values(g, 5, 12, 3, 3, dtype=dtype).to(device)
+    residual = random_values(g, 2, 5, 4, 5, dtype=dtype).to(device)
+    for weight, extra in itertools.product((w, prepare_weight(w)), (None, residual)):
+        y = binary_conv2d(x, weight, residual=extra)
+        assert y.is_contiguous()
+        z = binary_conv2d(channels_last(x), weight, residual=extra)
+        assert z.is_contiguous(memory_format=torch.channels_last)
+        assert not z.is_contiguous()
+        assert torch.equal(y, z)
+        b = binary_conv2d(pack_bits(x), weight, residual=extra, out_dtype=dtype)
+        assert b.is_contiguous(memory_format=torch.channels_last)
+        assert not b.is_contiguous()
+        assert torch.equal(y, b)
+    for out_dtype in (torch.int32, *FLOATS):
+        z = binary_conv2d(channels_last(x), w, out_dtype=out_dtype)
+        assert z.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("form", ["x", "channels_last", "bits"])
+@pytest.mark.parametrize("out_dtype", FLOATS, ids=name_of)
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("scale",),
+        ("bias",),
+        ("scale", "bias"),
+        ("residual",),
+        ("scale", "residual"),
+        ("bias", "residual"),
+        ("scale", "bias", "residual"),
+    ],
+    ids="+".join,
+)
+def test_epilogue_rounds_once(device, names, out_dtype, form):
+    g = generator(16)
+    x, w = random_values(g, 2, 67, 6, 7), random_values(g, 19, 67, 3, 3)
+    acc = reference_torch.conv2d(x, w, padding=1)
+    for residual_dtype in FLOATS if "residual" in names else FLOATS[:1]:
+        every = {
+            "scale": factors(g, 19),
+            "bias": factors(g, 19),
+            "residual": (torch.randn(acc.shape, generator=g) * 40).to(residual_dtype),
+        }
+        chosen = {name: every[name] for name in names}
+        expected = reference_torch.epilogue(acc, **chosen).to(out_dtype)
+        moved = {name: value.to(device) for name, value in chosen.items()}
+        inputs = {"x": x.to(device), "channels_last": channels_last(x).to(device)}
+        given = pack_bits(x.to(device)) if form == "bits" else inputs[form]
+        for weight in (w.to(device), prepare_weight(w.to(device))):
+            got = binary_conv2d(given, weight, padding=1, out_dtype=out_dtype, **moved)
+            assert torch.equal(got.cpu(), expected)
+
+
+def test_epilogue_is_the_same_when_gradients_are_wanted(device):
+    """fma and one rounding: scale, bias and residual that train change no number."""
+    g = generator(17)
+    x, w = random_values(g, 2, 67, 6, 7).to(device), random_values(g, 19, 67, 3, 3).to(device)
+    acc = reference_torch.conv2d(x, w)
+    every = {
+        "scale": factors(g, 19).to(device),
+        "bias": factors(g, 19).to(device),
+        "residual": torch.randn(acc.shape, generator=g).to(device) * 40,
+    }
+    expected = reference_torch.epilogue(acc, **every)
+    for trained in ([], ["x"], ["scale"], ["bias"], ["residual"], ["scale", "bias", "residual"]):
+        arguments = {k: v.clone().requires_grad_(k in trained) for k, v in every.items()}
+        y = binary_conv2d(x.clone().requires_grad_("x" in trained), w, **arguments)
+        assert torch.equal(y.detach().cpu(), expected), trained
+
+
+def test_residual_of_any_strides(device):
+    g = generator(18)
+    x, w = random_values(g, 2, 16, 6, 7).to(device), random_values(g, 5, 16, 3, 3).to(device)
+    residual = random_values(g, 2, 5, 4, 5).to(device)
+    expected = reference_torch.epilogue(reference_torch.conv2d(x, w), residual=residual)
+    views = (
+        residual,
+        channels_last(residual),
+        torch.stack((residual, residual), -1)[..., 0],
+        residual.transpose(2, 3).contiguous().transpose(2, 3),
+    )
+    for view, given in itertools.product(views, (x, channels_last(x))):
+        assert torch.equal(binary_conv2d(given, w, residual=view).cpu(), expected)
+    row = residual[:, :, :, :1].expand(-1, -1, -1, 5)
+    expected = reference_torch.epilogue(reference_torch.conv2d(x, w), residual=row)
+    assert torch.equal(binary_conv2d(x, w, residual=row).cpu(), expected)
+
+
+@pytest.mark.parametrize("filters", [1, 7, 64, 130])
+def test_bit_output_is_y_at_or_above_the_threshold(device, filters):
+    g = generator(19)
+    x, w = random_values(g, 2, 40, 6, 7), random_values(g, filters, 40, 3, 3)
+    acc = reference_torch.conv2d(x, w)
+    every = {
+        "scale": factors(g, filters),
+        "bias": factors(g, filters),
+        "residual": torch.randn(acc.shape, generator=g) * 20,
+    }
+    x, w = x.to(device), w.to(device)
+    for names in ((), ("scale",), ("scale", "bias"), ("scale", "bias", "residual")):
+        chosen = {name: every[name] for name in names}
+        y = reference_torch.epilogue(acc, **chosen)
+        thresholds = torch.randn(filters, generator=g) * 9
+        thresholds[::2] = y[0, ::2, 1, 1]  # Equal values count as reached.
+        moved = {name: value.to(device) for name, value in chosen.items()}
+        for threshold in (None, 1.5, -4, thresholds):
+            limit = torch.as_tensor(0 if threshold is None else threshold, dtype=torch.float32)
+            expected = packed_reference(y >= limit.reshape(-1, 1, 1))
+            given = thresholds.to(device) if threshold is thresholds else threshold
+            for form in (x, channels_last(x), pack_bits(x)):
+                bits = binary_conv2d(form, w, out_dtype="bits", threshold=given, **moved)
+                assert isinstance(bits, BitTensor)
+                assert bits.shape == acc.shape
+                assert torch.equal(bits.data.cpu(), expected)
+
+
+def test_chained_bits_equal_the_chain_of_floats(device):
+    g = generator(20)
+    x = random_values(g, 2, 40, 12, 11).to(device)
+    w1, w2 = random_values(g, 70, 40, 3, 3).to(device), random_values(g, 9, 70, 3, 3).to(device)
+    scale, bias = factors(g, 70).to(device), factors(g, 70).to(device)
+    floats = binary_conv2d(x, w1, bias, padding=1, scale=scale)
+    expected = binary_conv2d(floats, w2, stride=2, pad_value=-1, padding=1)
+    hidden = binary_conv2d(x, w1, bias, padding=1, scale=scale, out_dtype="bits")
+    got = binary_conv2d(hidden, prepare_weight(w2), stride=2, pad_value=-1, padding=1)
+    assert torch.equal(got, expected)
+    acc = reference_torch.conv2d(
+        reference_torch.epilogue(reference_torch.conv2d(x, w1, padding=1), scale, bias),
+        w2,
+        stride=2,
+        pad_value=-1,
+        padding=1,
+    )
+    assert torch.equal(got.cpu().double(), acc)
+
+
+def test_signs_of_special_values(device):
+    special = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-45])
+    x = special.repeat(24)[: 9 * 16].reshape(1, 16, 3, 3)
+    w = special.repeat(50)[: 2 * 16 * 9].reshape(2, 16, 3, 3)
+    signs = torch.tensor([1.0, 1, -1, 1, -1, 1, -1], dtype=torch.float64)
+    expected = F.conv2d(
+        signs.repeat(24)[: 9 * 16].reshape(1, 16, 3, 3),
+        signs.repeat(50)[: 2 * 16 * 9].reshape(2, 16, 3, 3),
+        padding=1,
+    )
+    got = binary_conv2d(x.to(device), w.to(device), padding=1)
+    assert torch.equal(got.cpu().double(), expected)
+
+
+def test_inputs_are_not_changed(device):
+    g = generator(21)
+    x, w = random_values(g, 2, 16, 6, 7).to(device), random_values(g, 5, 16, 3, 3).to(device)
+    residual, scale = random_values(g, 2, 5, 4, 5).to(device), factors(g, 5).to(device)
+    prepared, bits = prepare_weight(w), pack_bits(x)
+    tensors = (x, w, residual, scale, prepared.data, bits.data)
+    before = [t.clone() for t in tensors]
+    versions = [t._version for t in tensors]
+    binary_conv2d(x, w, scale=scale, residual=residual)
+    binary_conv2d(bits, prepared, scale, scale=scale, residual=residual)
+    binary_conv2d(bits, prepared, out_dtype="bits", threshold=scale)
+    for tensor, copy, version in zip(tensors, before, versions, strict=True):
+        assert torch.equal(tensor, copy)
+        assert tensor._version == version
+
+
+def test_results_do_not_depend_on_torch_threads():
+    g = generator(22)
+    x, w = random_values(g, 3, 70, 20, 21), random_values(g, 33, 70, 3, 3)
+    expected = reference_torch.conv2d(x, w, padding=1)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(binary_conv2d(x, w, padding=1).double(), expected)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_concurrent_calls_from_four_threads(device):
+    g = generator(23)
+    w = random_values(g, 20, 100, 3, 3).to(device)
+    prepared = prepare_weight(w)
+    inputs = [random_values(g, 2, 100, 12 + i, 12).to(device) for i in range(4)]
+    expected = [reference_torch.conv2d(x, w, padding=1) for x in inputs]
+    wrong = []
+
+    def work(x, acc):
+        for _ in range(10):
+            for weight, given in ((w, x), (prepared, x), (prepared, pack_bits(x))):
+                if not torch.equal(binary_conv2d(given, weight, padding=1).cpu().double(), acc):
+                    wrong.append(x.shape)
+
+    workers = [
+        threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+@pytest.mark.gpu
+def test_calls_follow_the_current_stream():
+    g = generator(24)
+    x, w = random_values(g, 64, 256, 28, 28).cuda(), random_values(g, 256, 256, 3, 3).cuda()
+    expected = binary_conv2d(x, w, padding=1)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        y = binary_conv2d(x.neg().neg(), w, padding=1)
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_new_inputs():
+    g = generator(25)
+    x, w = random_values(g, 2, 64, 14, 14).cuda(), random_values(g, 70, 64, 3, 3).cuda()
+    prepared = prepare_weight(w)
+    binary_conv2d(x, prepared)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = binary_conv2d(x, prepared, padding=1)
+    x.copy_(random_values(g, 2, 64, 14, 14))
+    graph.replay()
+    assert torch.equal(y.cpu().double(), reference_torch.conv2d(x, w, padding=1))
+
+
+# ---------------------------------------------------------------------------------------- gradients
+
+
+GRADIENTS = ["x", "w", "scale", "bias", "residual"]
+
+
+def integers(g, *shape, low=-3, high=4):
+    return torch.randint(low, high, shape, generator=g).float()
+
+
+def powers_of_two(g, count):
+    return torch.exp2(torch.randint(-2, 3, (count,), generator=g).float())
+
+
+GRADIENT_GEOMETRIES = [
+    {},
+    {"padding": 1},
+    {"padding": 2, "pad_value": 1},
+    {"padding": (1, 3), "pad_value": -1, "stride": 2},
+    {"stride": (2, 3), "padding": 1},
+    {"stride": 3, "pad_value": 1, "padding": 2},
+    {"dilation": 2, "padding": 2, "pad_value": -1},
+    {"dilation": (1, 3), "padding": "same", "pad_value": 1},
+    {"padding": "same"},
+    {"groups": 2, "padding": 1, "stride": 2},
+    {"groups": 2, "padding": "valid", "dilation": 2, "pad_value": 1},
+    {"kernel": (2, 4), "padding": "same", "pad_value": -1},
+    {"kernel": (1, 1), "stride": 2, "padding": 1, "pad_value": 1},
+]
+
+
+def geometry_id(geometry):
+    return ",".join(f"{k}={v}" for k, v in geometry.items()).replace(" ", "") or "plain"
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("geometry", GRADIENT_GEOMETRIES, ids=geometry_id)
+def test_gradients_are_those_of_the_clipped_estimator(device, geometry, memory_format):
+    """Integer output gradients and power-of-two scales: float32 sums are exact, so equal ones."""
+    g = generator(26)
+    geometry = dict(geometry)
+    kernel, groups = geometry.pop("kernel", (3, 3)), geometry.get("groups", 1)
+    x, w = random_values(g, 2, 16, 9, 8), random_values(g, 6, 16 // groups, *kernel)
+    x[0, :4, 0, 0] = torch.tensor([1.0, -1.0, 1.0000001, -1.0000001])
+    x[0, 4:9, 0, 0] = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf")])
+    w[0, :4, 0, 0] = torch.tensor([1.0, -1.0, 1.0000001, float("nan")])
+    acc = reference_torch.conv2d(x, w, **geometry)
+    scale, bias, residual = powers_of_two(g, 6), integers(g, 6), integers(g, *acc.shape)
+    grad = integers(g, *acc.shape)
+    if memory_format == "channels_last":
+        x, grad = channels_last(x), channels_last(grad)
+    expected = reference_torch.gradients(x, w, grad, scale, bias, residual, **geometry)
+    leaves = [trained(t, device) for t in (x, w, scale, bias, residual)]
+    y = binary_conv2d(*leaves[:2], leaves[3], scale=leaves[2], residual=leaves[4], **geometry)
+    assert torch.equal(y.detach().cpu(), reference_torch.epilogue(acc, scale, bias, residual))
+    y.backward(grad.to(device))
+    for name, leaf, value in zip(GRADIENTS, leaves, expected, strict=True):
+        assert leaf.grad is not None, name
+        assert leaf.grad.shape == leaf.shape, name
+        assert leaf.grad.dtype == leaf.dtype, name
+        assert_gradient_is(leaf.grad, value)
+
+
+@pytest.mark.parametrize("wanted", ["x", "w", "scale", "bias", "residual", "xw", "none"])
+def test_only_the_wanted_gradients_are_made(device, wanted):
+    g = generator(27)
+    x, w = random_values(g, 2, 8, 5, 5), random_values(g, 4, 8, 3, 3)
+    scale, bias, residual = powers_of_two(g, 4), integers(g, 4), integers(g, 2, 4, 3, 3)
+    asked = {"xw": {"x", "w"}, "none": set()}.get(wanted, {wanted})
+    values = dict(zip(GRADIENTS, (x, w, scale, bias, residual), strict=True))
+    leaves = {n: v.clone().to(device).requires_grad_(n in asked) for n, v in values.items()}
+    y = binary_conv2d(
+        leaves["x"],
+        leaves["w"],
+        leaves["bias"],
+        scale=leaves["scale"],
+        residual=leaves["residual"],
+    )
+    assert y.requires_grad == bool(asked)
+    if not asked:
+        return
+    grad = integers(g, 2, 4, 3, 3)
+    y.backward(grad.to(device))
+    expected = reference_torch.gradients(x, w, grad, scale, bias, residual)
+    for name, value in zip(GRADIENTS, expected, strict=True):
+        if name in asked:
+            assert_gradient_is(leaves[name].grad, value)
+        else:
+            assert leaves[name].grad is None, name
+
+
+@pytest.mark.parametrize("names", [(), ("scale",), ("bias",), ("residual",), ("scale", "residual")])
+def test_gradients_without_some_of_the_epilogue(device, names):
+    g = generator(28)
+    x, w = random_values(g, 2, 8, 5, 5), random_values(g, 4, 8, 3, 3)
+    every = {
+        "scale": powers_of_two(g, 4),
+        "bias": integers(g, 4),
+        "residual": integers(g, 2, 4, 3, 3),
+    }
+    chosen = {name: every[name] for name in names}
+    grad = integers(g, 2, 4, 3, 3)
+    expected = reference_torch.gradients(x, w, grad, **chosen)
+    x, w = trained(x, device), trained(w, device)
+    leaves = {name: trained(value, device) for name, value in chosen.items()}
+    binary_conv2d(x, w, **leaves).backward(grad.to(device))
+    assert_gradient_is(x.grad, expected[0])
+    assert_gradient_is(w.grad, expected[1])
+    for name, value in zip(("scale", "bias", "residual"), expected[2:], strict=True):
+        if name in names:
+            assert_gradient_is(leaves[name].grad, value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name_of)
+def test_gradients_in_half_precision_have_the_type_of_their_tensor(device, dtype):
+    """Few small integers: every sum is an integer below 2^8 and so exact in either type."""
+    g = generator(29)
+    x, w = random_values(g, 1, 8, 4, 4, dtype=dtype), random_values(g, 4, 8, 3, 3, dtype=dtype)
+    grad = integers(g, 1, 4, 2, 2, low=-1, high=2)
+    expected = reference_torch.gradients(x, w, grad)
+    x, w = trained(x, device), trained(w, device)
+    y = binary_conv2d(x, w)
+    assert y.dtype == dtype
+    y.backward(grad.to(device, dtype))
+    for leaf, value in ((x, expected[0]), (w, expected[1])):
+        assert leaf.grad.dtype == dtype
+        assert_gradient_is(leaf.grad, value)
+
+
+def test_mixed_types_get_gradients_of_their_own_type(device):
+    g = generator(30)
+    x, w = random_values(g, 1, 8, 4, 4, dtype=torch.bfloat16), random_values(g, 4, 8, 3, 3)
+    grad = integers(g, 1, 4, 2, 2, low=-1, high=2)
+    expected = reference_torch.gradients(x, w, grad)
+    x, w = trained(x, device), trained(w, device)
+    y = binary_conv2d(x, w, out_dtype=torch.float32)
+    y.backward(grad.to(device))
+    assert (x.grad.dtype, w.grad.dtype) == (torch.bfloat16, torch.float32)
+    assert_gradient_is(x.grad, expected[0])
+    assert_gradient_is(w.grad, expected[1])
+
+
+def test_a_gradient_that_is_expanded_or_permuted(device):
+    g = generator(31)
+    x, w = random_values(g, 2, 8, 5, 6), random_values(g, 4, 8, 3, 3)
+    for make in (
+        lambda y: y.sum(),  # The gradient is one value, expanded.
+        lambda y: (y.permute(0, 3, 2, 1) * torch.arange(4.0, device=y.device)).sum(),
+        lambda y: y[:, ::2, 1:].sum(),
+    ):
+        a, b = trained(x, device), trained(w, device)
+        y = binary_conv2d(a, b)
+        probe = torch.zeros(y.shape, requires_grad=True)
+        (grad,) = torch.autograd.grad(make(probe), probe)
+        make(y).backward()
+        expected = reference_torch.gradients(x, w, grad)
+        assert_gradient_is(a.grad, expected[0])
+        assert_gradient_is(b.grad, expected[1])
+
+
+def test_gradient_of_an_empty_batch_is_zero(device):
+    x = torch.zeros(0, 8, 5, 5, device=device, requires_grad=True)
+    w = torch.ones(4, 8, 3, 3, device=device, requires_grad=True)
+    binary_conv2d(x, w).sum().backward()
+    assert x.grad.shape == (0, 8, 5, 5)
+    assert torch.equal(w.grad, torch.zeros_like(w))
+
+
+def test_gradients_add_up_over_several_calls(device):
+    g = generator(32)
+    x, w = random_values(g, 1, 8, 5, 5), random_values(g, 4, 8, 3, 3)
+    grads = [integers(g, 1, 4, 3, 3), integers(g, 1, 4, 5, 5)]
+    a, b = trained(x, device), trained(w, device)
+    first, second = binary_conv2d(a, b), binary_conv2d(a, b, padding=1)
+    torch.autograd.backward([first, second], [grad.to(device) for grad in grads])
+    one = reference_torch.gradients(x, w, grads[0])
+    two = reference_torch.gradients(x, w, grads[1], padding=1)
+    assert_gradient_is(a.grad, one[0] + two[0])
+    assert_gradient_is(b.grad, one[1] + two[1])
+
+
+def test_saved_tensors_that_change_before_backward_are_an_error(device):
+    x = random_values(generator(33), 1, 8, 5, 5).to(device).requires_grad_()
+    w = random_values(generator(34), 4, 8, 3, 3).to(device).requires_grad_()
+    y = binary_conv2d(x, w)
+    with torch.no_grad():
+        w.neg_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("out_dtype", [torch.int32, "bits"])
+def test_integers_and_bits_carry_no_gradient(device, out_dtype):
+    x = torch.ones(1, 8, 5, 5, device=device, requires_grad=True)
+    w = torch.ones(4, 8, 3, 3, device=device, requires_grad=True)
+    y = binary_conv2d(x, w, out_dtype=out_dtype)
+    data = y.data if out_dtype == "bits" else y
+    assert not data.requires_grad
+
+
+@pytest.mark.parametrize("name", ["scale", "bias", "residual"])
+@pytest.mark.parametrize("form", ["bits and prepared", "bits and floats", "floats and prepared"])
+@pytest.mark.filterwarnings("error:.*autograd kernel was not registered")
+def test_epilogue_of_packed_operands_gets_its_gradient_or_is_refused(device, form, name):
+    """A gradient must never be lost in silence."""
+    g = generator(43)
+    x, w = random_values(g, 2, 8, 5, 5), random_values(g, 4, 8, 3, 3)
+    every = {
+        "scale": powers_of_two(g, 4),
+        "bias": integers(g, 4),
+        "residual": integers(g, 2, 4, 3, 3),
+    }
+    grad = integers(g, 2, 4, 3, 3)
+    expected = reference_torch.gradients(x, w, grad, **every)[GRADIENTS.index(name)]
+    given = pack_bits(x.to(device)) if form.startswith("bits") else x.to(device)
+    weight = prepare_weight(w.to(device)) if form.endswith("prepared") else w.to(device)
+    arguments = {k: v.to(device) for k, v in every.items()}
+    arguments[name] = trained(arguments[name], device)
+    try:
+        y = binary_conv2d(given, weight, **arguments)
+    except (ValueError, NotImplementedError) as error:
+        refusal = str(error)
+    else:
+        refusal = None
+        y.backward(grad.to(device))
+    if refusal is None:
+        assert arguments[name].grad is not None
+        assert_gradient_is(arguments[name].grad, expected)
+    else:
+        assert name in refusal
+
+
+def test_x_that_wants_a_gradient_is_refused_with_a_prepared_weight(device):
+    x = torch.ones(1, 8, 5, 5, device=device, requires_grad=True)
+    prepared = prepare_weight(torch.ones(4, 8, 3, 3, device=device))
+    with pytest.raises((ValueError, NotImplementedError), match=r"gradient"):
+        binary_conv2d(x, prepared)
+    with torch.no_grad():
+        assert torch.equal(binary_conv2d(x, prepared), torch.full((1, 4, 3, 3), 72.0).to(device))
+
+
+def test_no_grad_and_inference_mode(device):
+    g = generator(35)
+    x, w = random_values(g, 1, 8, 5, 5).to(device), random_values(g, 4, 8, 3, 3).to(device)
+    w.requires_grad_()
+    expected = reference_torch.conv2d(x, w)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = binary_conv2d(x, w)
+            packed = binary_conv2d(pack_bits(x), prepare_weight(w))
+        assert not y.requires_grad
+        assert torch.equal(y.cpu().double(), expected)
+        assert torch.equal(packed.cpu().double(), expected)
+
+
+# --------------------------------------------------------------- dispatcher, fake tensors, compiler
+
+
+def registered_operators():
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.split(".")[0] for name in names if name.startswith("binconv::")}
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the calls of binconv's operators with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "binconv":
+            copies = torch.utils._pytree.tree_map_only(
+                torch.Tensor, lambda t: t.detach().clone(), (args, kwargs or {})
+            )
+            self.calls.append((function, *copies))
+        return function(*args, **(kwargs or {}))
+
+
+def record_calls(device):
+    """Calls of every operator by the public functions, one for each combination of types."""
+    from binconv.torch import BinaryConv2d
+
+    g = generator(36)
+    x = random_values(g, 2, 16, 6, 5).to(device)
+    w = random_values(g, 6, 8, 3, 3).to(device)
+    scale, bias = factors(g, 6).to(device), factors(g, 6).to(device)
+    residual = random_values(g, 2, 6, 6, 5).to(device)
+    geometry = {"padding": 1, "pad_value": -1}
+    with Recorder() as recorder:
+        prepared = prepare_weight(w, groups=2)
+        binary_conv2d(x, prepared, **geometry)
+        binary_conv2d(pack_bits(x.half()), prepared, bias, scale=scale, stride=2)
+        binary_conv2d(channels_last(x), prepared, residual=residual, **geometry)
+        binary_conv2d(x, prepared, out_dtype=torch.int32, dilation=2)
+        binary_conv2d(x, prepared, out_dtype="bits", threshold=0.5)
+        binary_conv2d(x, prepared, out_dtype="bits", threshold=bias)
+        binary_conv2d(x, w, groups=2, **geometry)
+        binary_conv2d(
+            channels_last(x), w, bias, groups=2, scale=scale, residual=residual, padding=1
+        )
+        binary_conv2d(x.bfloat16(), w, bias, groups=2)
+        pack_bits(x, scale.repeat(3)[:16]).unpack(torch.float16)
+        prepare_weight(pack_weight(w), groups=2, in_channels=8)
+        for weight_scale in ("channel", "tensor", None):
+            layer = BinaryConv2d(16, 6, 3, groups=2, weight_scale=weight_scale).to(device)
+            layer.train()(x)
+            layer.eval()(x)
+            layer(pack_bits(x))
+    return recorder.calls
+
+
+def kind(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, value.dim(), value.is_contiguous()
+    return value if value is None or isinstance(value, torch.dtype) else type(value)
+
+
+def test_opcheck_of_every_operator(device):
+    calls = record_calls(device)
+    assert registered_operators()
+    assert {call[0]._schema.name for call in calls} == registered_operators()
+    distinct = {(str(call[0]), *map(kind, call[1])): call for call in calls}
+    for function, args, kwargs in distinct.values():
+        torch.library.opcheck(function, args, kwargs)
+
+
+def test_opcheck_of_the_differentiable_operators_with_gradients(device):
+    checked = set()
+    for function, args, kwargs in record_calls(device):
+        if function._schema.is_mutable:
+            continue
+        wanting, named = torch.utils._pytree.tree_map_only(
+            torch.Tensor, lambda t: t.requires_grad_(t.is_floating_point()), (args, kwargs)
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = function(*wanting, **named)
+        if isinstance(result, torch.Tensor) and result.requires_grad:
+            key = (str(function), *map(kind, args))
+            if key not in checked:
+                checked.add(key)
+                torch.library.opcheck(function, wanting, named)
+    assert checked
+
+
+def small_network(device):
+    g = generator(37)
+    w1 = random_values(g, 12, 16, 3, 3).to(device).requires_grad_()
+    w2 = random_values(g, 6, 12, 1, 1).to(device).requires_grad_()
+    bias, scale = integers(g, 12).to(device), powers_of_two(g, 6).to(device)
+
+    def forward(x):
+        y = binary_conv2d(x, w1, bias, stride=2, padding=1, pad_value=1)
+        y = y * 0.125
+        return binary_conv2d(y, w2, scale=scale.requires_grad_(), residual=y[:, :6])
+
+    return forward, [w1, w2, scale]
+
+
+def compiled_equals_eager(device, backend, **options):
+    forward, parameters = small_network(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, fullgraph=True, backend=backend, **options)
+    for size in (9, 12):
+        results = []
+        x = random_values(generator(38), 2, 16, size, 8).to(device)
+        for function in (forward, compiled):
+            leaf = x.clone().requires_grad_()
+            y = function(leaf)
+            grad = integers(generator(39), *y.shape).to(device)
+            results.append([y, *torch.autograd.grad(y, [leaf, *parameters], grad)])
+        assert torch.equal(results[0][0], results[1][0])
+        assert results[0][0].stride() == results[1][0].stride()
+        for eager, got in zip(results[0][1:], results[1][1:], strict=True):
+            assert_gradient_is(got, eager.cpu().double())
+
+
+def test_compiled_fullgraph_equals_eager(device):
+    compiled_equals_eager(device, "aot_eager")
+
+
+def test_compiled_with_dynamic_shapes_equals_eager(device):
+    compiled_equals_eager(device, "aot_eager", dynamic=True)
+
+
+def test_compiled_by_inductor_equals_eager(device):
+    if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler for inductor")
+    compiled_equals_eager(device, "inductor")
+
+
+def test_compiled_packed_chain_equals_eager(device):
+    g = generator(40)
+    x = random_values(g, 2, 40, 9, 8).to(device)
+    w1 = prepare_weight(random_values(g, 20, 40, 3, 3).to(device))
+    w2 = prepare_weight(random_values(g, 6, 20, 3, 3).to(device))
+    limits = factors(g, 20).to(device)
+
+    def forward(x):
+        hidden = binary_conv2d(pack_bits(x), w1, out_dtype="bits", threshold=limits, padding=1)
+        return binary_conv2d(hidden, w2, padding="same"), hidden.unpack(torch.float16)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    for got, eager in zip(compiled(x), forward(x), strict=True):
+        assert got.stride() == eager.stride()
+        assert torch.equal(got, eager)
+
+
+@pytest.mark.parametrize("mode", ["meta", "fake"])
+def test_fake_and_meta_tensors_have_the_right_form(mode):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    g = generator(41)
+    cases = []
+    for dtype, form, geometry in itertools.product(
+        FLOATS,
+        ("contiguous", "channels_last", "sliced"),
+        ({}, {"stride": 2, "padding": 1}, {"padding": "same", "dilation": 2}),
+    ):
+        x = random_values(g, 2, 16, 10, 9, dtype=dtype)
+        x = {"contiguous": x, "channels_last": channels_last(x), "sliced": x[:, :, 1:, ::2]}[form]
+        for out_dtype in (None, torch.int32, torch.float16, "bits"):
+            cases.append((x, geometry, out_dtype))
+    w = random_values(g, 7, 16, 3, 3)
+
+    def run(x, w, geometry, out_dtype):
+        bits = pack_bits(x)
+        prepared = prepare_weight(w)
+        results = [bits.data, bits.unpack(), pack_weight(w)]
+        for form, weight in itertools.product((x, bits), (w, prepared)):
+            y = binary_conv2d(form, weight, out_dtype=out_dtype, **geometry)
+            results.append(y.data if isinstance(y, BitTensor) else y)
+        return results
+
+    fake_mode = FakeTensorMode()
+    for x, geometry, out_dtype in cases:
+        real = run(x, w, geometry, out_dtype)
+        if mode == "meta":
+            strided = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+            fake = run(strided, w.to("meta"), geometry, out_dtype)
+        else:
+            with fake_mode:
+                fake = run(fake_mode.from_tensor(x), fake_mode.from_tensor(w), geometry, out_dtype)
+        for got, expected in zip(fake, real, strict=True):
+            assert got.shape == expected.shape
+            assert got.dtype == expected.dtype
+            assert got.stride() == expected.stride()
+            assert got.device.type == ("meta" if mode == "meta" else "cpu")
+
+
+def test_gradients_of_meta_tensors_have_the_right_form():
+    x = torch.empty(2, 16, 9, 8, device="meta", requires_grad=True)
+    w = torch.empty(6, 16, 3, 3, device="meta", requires_grad=True)
+    binary_conv2d(x, w, padding=1).sum().backward()
+    assert x.grad.shape == x.shape
+    assert w.grad.shape == w.shape
+
+
+def test_autocast_leaves_the_result_exact(device):
+    g = generator(42)
+    x, w = random_values(g, 2, 16, 6, 7).to(device), random_values(g, 5, 16, 3, 3).to(device)
+    x.requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = binary_conv2d(x, w)
+    assert torch.equal(y.detach().cpu().double(), reference_torch.conv2d(x, w))
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------- bad input
+
+
+def valid():
+    return {"x": torch.ones(2, 16, 5, 5), "weight": torch.ones(8, 16, 3, 3)}
+
+
+def bits():
+    return pack_bits(torch.ones(2, 16, 5, 5))
+
+
+# (what is different from a good call, exception, argument named, what the message says it got)
+BAD_CALLS = [
+    ({"x": None}, TypeError, "x", "NoneType"),
+    ({"x": [1.0]}, TypeError, "x", "list"),
+    ({"weight": None}, TypeError, "weight", "NoneType"),
+    ({"weight": "w"}, TypeError, "weight", "str"),
+    ({"bias": [0.0] * 8}, TypeError, "bias", "list"),
+    ({"residual": 3}, TypeError, "residual", "int"),
+    ({"x": torch.ones(2, 16, 5, 5, dtype=torch.int32)}, ValueError, "x", "int32"),
+    ({"x": torch.ones(2, 16, 5, 5, dtype=torch.bool)}, ValueError, "x", "bool"),
+    ({"x": torch.ones(2, 16, 5, 5, dtype=torch.complex64)}, ValueError, "x", "complex64"),
+    ({"weight": torch.ones(8, 16, 3, 3, dtype=torch.int32)}, ValueError, "weight", "int32"),
+    ({"weight": torch.ones(8, 16, 3, 3, dtype=torch.bool)}, ValueError, "weight", "bool"),
+    ({"residual": torch.ones(2, 8, 3, 3, dtype=torch.int32)}, ValueError, "residual", "int32"),
+    ({"residual": torch.ones(2, 8, 3, 3, dtype=torch.int8)}, ValueError, "residual", "int8"),
+    ({"x": torch.ones(16, 5, 5)}, ValueError, "x", r"\(16, 5, 5\)"),
+    ({"x": torch.ones(1, 2, 16, 5, 5)}, ValueError, "x", r"\(1, 2, 16, 5, 5\)"),
+    ({"x": torch.tensor(1.0)}, ValueError, "x", r"\(\)"),
+    ({"x": torch.ones(2, 15, 5, 5)}, ValueError, "x", "15"),
+    ({"x": torch.ones(2, 0, 5, 5)}, ValueError, "x", "0"),
+    ({"weight": torch.ones(8, 16, 3)}, ValueError, "weight", r"\(8, 16, 3\)"),
+    ({"weight": torch.ones(0, 16, 3, 3)}, ValueError, "weight|out_channels", "0"),
+    ({"weight": torch.ones(8, 16, 0, 3)}, ValueError, "weight|kernel_height", "0"),
+    ({"weight": torch.ones(8, 8, 3, 3)}, ValueError, "x|weight", "16|8"),
+    ({"bias": torch.ones(7)}, ValueError, "bias", r"\(7,\)"),
+    ({"bias": torch.ones(8, 1, 1)}, ValueError, "bias", r"\(8, 1, 1\)"),
+    ({"scale": torch.ones(1)}, ValueError, "scale", r"\(1,\)"),
+    ({"scale": torch.ones(8, 1, 1)}, ValueError, "scale", r"\(8, 1, 1\)"),
+    ({"residual": torch.ones(2, 8, 3, 4)}, ValueError, "residual", r"\(2, 8, 3, 4\)"),
+    ({"residual": torch.ones(8, 3, 3)}, ValueError, "residual", r"\(8, 3, 3\)"),
+    ({"residual": torch.ones(1, 8, 1, 1)}, ValueError, "residual", r"\(1, 8, 1, 1\)"),
+    ({"stride": 0}, ValueError, "stride", "0"),
+    ({"stride": (1, -2)}, ValueError, "stride", "-2"),
+    ({"stride": (1, 2, 3)}, ValueError, "stride", r"\(1, 2, 3\)"),
+    ({"stride": 1.5}, (TypeError, ValueError), "stride", "1.5|float"),
+    ({"stride": 2**31}, ValueError, "stride", str(2**31)),
+    ({"stride": 2**62}, ValueError, "stride", str(2**62)),
+    ({"stride": "same"}, (TypeError, ValueError), "stride", "same|str"),
+    ({"padding": -1}, ValueError, "pad", "-1"),
+    ({"padding": (0, -1)}, ValueError, "pad", "-1"),
+    ({"padding": "full"}, ValueError, "padding", "full"),
+    ({"padding": (1, 1, 1, 1)}, ValueError, "padding", r"\(1, 1, 1, 1\)"),
+    ({"padding": 2**31}, ValueError, "pad", str(2**31)),
+    ({"padding": 2**62}, ValueError, "pad", str(2**62)),
+    ({"padding": "same", "stride": 2}, ValueError, "padding|stride", "2"),
+    ({"dilation": 0}, ValueError, "dilation", "0"),
+    ({"dilation": (2, -1)}, ValueError, "dilation", "-1"),
+    ({"dilation": 2**62}, ValueError, "dilation", str(2**62)),
+    ({"dilation": 3}, ValueError, "kernel", "7"),
+    ({"x": torch.ones(2, 16, 2, 5)}, ValueError, "kernel", "3"),
+    ({"groups": 0}, ValueError, "groups", "0"),
+    ({"groups": -1}, ValueError, "groups", "-1"),
+    ({"groups": 3}, ValueError, "groups", "3"),
+    ({"groups": 2}, ValueError, "groups", "2"),
+    ({"groups": 4, "weight": torch.ones(8, 4, 3, 3)}, ValueError, "groups", "4"),
+    ({"groups": 2, "weight": torch.ones(7, 8, 3, 3)}, ValueError, "groups", "2"),
+    ({"groups": 2.5}, (TypeError, ValueError), "groups", "2.5|float"),
+    ({"pad_value": 2}, ValueError, "pad_value", "2"),
+    ({"pad_value": -3}, ValueError, "pad_value", "-3"),
+    ({"pad_value": 0.5}, (TypeError, ValueError), "pad_value", "0.5|float"),
+    ({"out_dtype": torch.int8}, ValueError, "out_dtype", "int8"),
+    ({"out_dtype": torch.int64}, ValueError, "out_dtype", "int64"),
+    ({"out_dtype": torch.float64}, ValueError, "out_dtype", "float64"),
+    ({"out_dtype": torch.uint8}, ValueError, "out_dtype", "uint8"),
+    ({"out_dtype": "float32"}, (TypeError, ValueError), "out_dtype", "float32"),
+    ({"out_dtype": 3}, (TypeError, ValueError), "out_dtype", "3|int"),
+    ({"threshold": 0.5}, ValueError, "threshold", "float32"),
+    ({"threshold": 0.0}, ValueError, "threshold", "float32"),
+    ({"threshold": torch.zeros(8)}, ValueError, "threshold", "float32"),
+    ({"threshold": 0.5, "out_dtype": torch.int32}, ValueError, "threshold", "int32"),
+    ({"threshold": torch.zeros(7), "out_dtype": "bits"}, ValueError, "threshold", r"\(7,\)"),
+    ({"threshold": torch.zeros(8, 1), "out_dtype": "bits"}, ValueError, "threshold", r"\(8, 1\)"),
+    ({"threshold": "0", "out_dtype": "bits"}, TypeError, "threshold", "str"),
+    ({"threshold": [0.0] * 8, "out_dtype": "bits"}, TypeError, "threshold", "list"),
+    *(
+        ({name: value, "out_dtype": torch.int32}, ValueError, name, "int32")
+        for name, value in (
+            ("bias", torch.ones(8)),
+            ("scale", torch.ones(8)),
+            ("residual", torch.ones(2, 8, 3, 3)),
+        )
+    ),
+]
+
+
+def value_id(value):
+    if isinstance(value, torch.Tensor):
+        return f"{name_of(value.dtype)}{list(value.shape)}"
+    if isinstance(value, tuple):
+        return ",".join(map(value_id, value))
+    return getattr(value, "__name__", str(value))
+
+
+def call_id(value):
+    if isinstance(value, dict):
+        return ",".join(f"{k}={value_id(v)}" for k, v in value.items())
+    return value_id(value)
+
+
+def assert_names(message, name, got):
+    assert re.search(rf"(?<![a-z])({name})", message), f"{message!r} does not name {name}"
+    assert re.search(got, message), f"{message!r} does not say that it got {got}"
+    assert "expected" in message, f"{message!r} does not say what is expected"
+
+
+@pytest.mark.parametrize(("changes", "error", "name", "got"), BAD_CALLS, ids=call_id)
+def test_bad_argument_is_refused_by_name(changes, error, name, got):
+    with pytest.raises(error) as raised:
+        binary_conv2d(**valid() | changes)
+    assert_names(str(raised.value), name, got)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "name", "got"),
+    [case for case in BAD_CALLS if not {"x", "weight"} & set(case[0])],
+    ids=call_id,
+)
+def test_bad_argument_beside_packed_operands_is_refused_by_name(changes, error, name, got):
+    packed = {"x": bits(), "weight": prepare_weight(valid()["weight"])}
+    with pytest.raises(error) as raised:
+        binary_conv2d(**packed | changes)
+    assert_names(str(raised.value), name, got)
+
+
+def test_float64_is_refused_by_name():
+    for function in (pack_bits, pack_weight, prepare_weight):
+        with pytest.raises((TypeError, ValueError), match=r"(x|w): got .*float64.*expected"):
+            function(torch.ones(2, 16, 5, 5, dtype=torch.float64))
+    for name, shape in (("x", (2, 16, 5, 5)), ("weight", (8, 16, 3, 3))):
+        with pytest.raises((TypeError, ValueError), match=rf"{name}: got .*float64.*expected"):
+            binary_conv2d(**valid() | {name: torch.ones(shape, dtype=torch.float64)})
+
+
+def test_prepared_weight_of_other_groups_is_refused():
+    prepared = prepare_weight(torch.ones(8, 16, 3, 3), groups=2)
+    with pytest.raises(ValueError, match=r"groups: got 4, expected 2"):
+        binary_conv2d(torch.ones(1, 32, 5, 5), prepared, groups=4)
+    with pytest.raises(ValueError, match=r"16.*expected 32"):
+        binary_conv2d(torch.ones(1, 16, 5, 5), prepared)
+
+
+def test_bit_tensor_of_other_channels_is_refused():
+    with pytest.raises(ValueError, match=r"x: got 15 .*expected 16"):
+        binary_conv2d(pack_bits(torch.ones(1, 15, 5, 5)), torch.ones(8, 16, 3, 3))
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "error", "name"),
+    [
+        (pack_bits, (None,), TypeError, "x"),
+        (pack_bits, ([1.0],), TypeError, "x"),
+        (pack_bits, (torch.ones(3, 4, 5),), ValueError, "x"),
+        (pack_bits, (torch.ones(2, 3, 4, 5, dtype=torch.int32),), ValueError, "x"),
+        (pack_bits, (torch.ones(2, 3, 4, 5, dtype=torch.uint8),), ValueError, "x"),
+        (pack_bits, (torch.ones(2, 0, 4, 5),), ValueError, "x|channels"),
+        (pack_bits, (torch.ones(2, 3, 4, 5), torch.ones(4)), ValueError, "threshold"),
+        (pack_bits, (torch.ones(2, 3, 4, 5), torch.ones(3, 1)), ValueError, "threshold"),
+        (pack_bits, (torch.ones(2, 3, 4, 5), "0"), TypeError, "threshold"),
+        (pack_bits, (torch.ones(2, 3, 4, 5), [0.0] * 3), TypeError, "threshold"),
+        (pack_weight, (None,), TypeError, "w"),
+        (pack_weight, (torch.ones(3, 4, 5),), ValueError, "w"),
+        (pack_weight, (torch.ones(2, 3, 4, 5, dtype=torch.int32),), ValueError, "w"),
+        (pack_weight, (torch.ones(2, 0, 3, 3),), ValueError, "w|channels"),
+        (prepare_weight, (None,), TypeError, "w"),
+        (prepare_weight, (torch.ones(8, 16, 3),), ValueError, "w"),
+        (prepare_weight, (torch.ones(8, 16, 3, 3), 3), ValueError, "groups"),
+        (prepare_weight, (torch.ones(8, 16, 3, 3), 0), ValueError, "groups"),
+        (prepare_weight, (torch.ones(8, 4, 3, 3), 2), ValueError, "groups"),
+        (prepare_weight, (torch.ones(8, 16, 3, 3), 1, 15), ValueError, "in_channels"),
+        (
+            prepare_weight,
+            (torch.zeros(8, 3, 3, 16, dtype=torch.uint8), 1, 129),
+            ValueError,
+            "in_ch",
+        ),
+        (prepare_weight, (torch.zeros(8, 3, 3, 16, dtype=torch.uint8), 1, 0), ValueError, "in_ch"),
+        (prepare_weight, (torch.zeros(8, 3, 3, 16, dtype=torch.uint8), 1, -5), ValueError, "in_ch"),
+        (
+            prepare_weight,
+            (torch.zeros(8, 3, 3, 15, dtype=torch.uint8), 1, 100),
+            ValueError,
+            "w|in_ch",
+        ),
+        (prepare_weight, (torch.zeros(8, 9, 16, dtype=torch.uint8), 1, 100), ValueError, "w"),
+        (prepare_weight, (torch.ones(8, 16, 3, 3, dtype=torch.int32),), ValueError, "w"),
+    ],
+    ids=value_id,
+)
+def test_bad_argument_of_the_packing_functions_is_refused_by_name(function, arguments, error, name):
+    with pytest.raises(error) as raised:
+        function(*arguments)
+    assert_names(str(raised.value), name, "got")
+
+
+def test_packed_weight_without_in_channels_is_refused_or_full():
+    """128 bits may mean any of 113 to 128 channels: only a full word can be guessed."""
+    packed = pack_weight(torch.ones(8, 128, 3, 3))
+    assert tuple(prepare_weight(packed, in_channels=128).shape) == (8, 128, 3, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.uint8, torch.bool, None, "f"])
+def test_unpack_to_another_type_is_refused(dtype):
+    with pytest.raises((TypeError, ValueError), match=r"dtype|type"):
+        bits().unpack(dtype)
+
+
+def test_an_output_without_pixels_is_refused_on_fake_tensors_too():
+    x, w = torch.empty(1, 8, 2, 2, device="meta"), torch.empty(4, 8, 3, 3, device="meta")
+    with pytest.raises(ValueError, match="kernel"):
+        binary_conv2d(x, w)
+
+
+@pytest.mark.gpu
+def test_tensors_of_two_devices_are_refused_by_name():
+    x, w = torch.ones(1, 8, 5, 5), torch.ones(4, 8, 3, 3)
+    with pytest.raises(ValueError, match=r"weight: got .*cpu.*expected cuda"):
+        binary_conv2d(x.cuda(), w)
+    for name in ("bias", "scale"):
+        with pytest.raises(ValueError, match=rf"{name}: got .*cpu.*expected cuda"):
+            binary_conv2d(x.cuda(), w.cuda(), **{name: torch.ones(4)})
+    with pytest.raises(ValueError, match=r"residual: got .*cuda.*expected cpu"):
+        binary_conv2d(x, w, residual=torch.ones(1, 4, 3, 3).cuda())
+    with pytest.raises(ValueError, match=r"weight: got .*cpu.*expected cuda"):
+        binary_conv2d(pack_bits(x.cuda()), prepare_weight(w))
+    with pytest.raises(ValueError, match=r"threshold: got .*cpu.*expected cuda"):
+        pack_bits(x.cuda(), torch.zeros(8))
