@@ -28,6 +28,7 @@ find_package(CUDAToolkit REQUIRED)
 
 # CUTLASS, header only: the given folder, else the submodule, else the Python package.
 set(BINCONV_CUTLASS_VERSION 4.2.0)
+set(Python3_FIND_STRATEGY LOCATION)  # The python on the PATH, not the newest there is.
 find_package(Python3 COMPONENTS Interpreter QUIET)
 set(_python_cutlass "")
 if(NOT BINCONV_CUTLASS_DIR AND Python3_FOUND)

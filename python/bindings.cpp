@@ -39,6 +39,11 @@ ImageShape image_of(const Array& array, Layout layout) {
   return {s[0], s[3], s[1], s[2]};
 }
 
+std::vector<int64_t> dense_shape(const ImageShape& image, Layout layout) {
+  if (layout == Layout::kNCHW) return {image.batch, image.channels, image.height, image.width};
+  return {image.batch, image.height, image.width, image.channels};
+}
+
 std::vector<int64_t> packed_shape(const ImageShape& image) {
   return {image.batch, image.height, image.width, packed_bytes(image.channels)};
 }
@@ -106,63 +111,76 @@ void prepare(const WeightShape& shape, nb::handle packed_object, nb::handle out_
   prepare_weight(shape, packed.data, out.data, queue);
 }
 
+// The optional operands of a convolution's epilogue.
+struct EpilogueArguments {
+  EpilogueArguments(int64_t channels, nb::handle scale_object, nb::handle bias_object,
+                    nb::handle residual_object, nb::handle threshold_object)
+      : scale(read_channels("scale", scale_object, channels)),
+        bias(read_channels("bias", bias_object, channels)),
+        residual(read_optional("residual", residual_object)),
+        threshold(threshold_object, channels),
+        has_threshold(!threshold_object.is_none()) {}
+
+  // The epilogue that writes `out`, once that and the residual are found to have the right form.
+  Epilogue to(const Array& out, Layout layout, const ImageShape& image) const {
+    const bool bits = out.type == DataType::kBits;
+    if (bits) layout = Layout::kNHWC;
+    const auto dense = dense_shape(image, layout);
+    out.expect_type(kOutTypes);
+    if (bits) {
+      out.expect_packed(packed_shape(image));
+    } else {
+      out.expect_shape(dense);
+      if (has_threshold) {
+        fail("threshold: got one for an out of ", type_name(out.type), ", expected it for uint8");
+      }
+    }
+    Epilogue epilogue{out.type, layout, floats(scale), floats(bias)};
+    epilogue.threshold = threshold.threshold;
+    if (residual) {
+      residual->expect_type(kFloatTypes);
+      residual->expect_shape(dense);
+      epilogue.residual = residual->data;
+      epilogue.residual_type = residual->type;
+    }
+    return epilogue;
+  }
+
+  std::optional<Array> scale, bias, residual;
+  ThresholdArgument threshold;
+  bool has_threshold;
+};
+
 void conv2d(const Conv2dShape& shape, nb::handle input_object, nb::handle prepared_object,
             nb::handle out_object, const std::string& layout_name, nb::handle scale_object,
             nb::handle bias_object, nb::handle residual_object, nb::handle threshold_object,
             nb::handle workspace_object, OptionalStream stream, OptionalThreads threads,
             const OptionalKernel& kernel) {
-  const Array input = read("input", input_object),
-              prepared = read("prepared_weight", prepared_object), out = write("out", out_object);
-  const int64_t out_channels = shape.weight.out_channels;
-  const auto scale = read_channels("scale", scale_object, out_channels);
-  const auto bias = read_channels("bias", bias_object, out_channels);
-  const ThresholdArgument threshold(threshold_object, out_channels);
-  const auto residual = read_optional("residual", residual_object);
+  const WeightShape& weight = shape.weight;
+  const Array input = read("input", input_object), out = write("out", out_object);
+  const Array prepared = read("prepared_weight", prepared_object);
+  const EpilogueArguments arguments(weight.out_channels, scale_object, bias_object, residual_object,
+                                    threshold_object);
   std::optional<Array> workspace;
   if (!workspace_object.is_none()) workspace = write("workspace", workspace_object);
+  const Queue queue = queue_for(
+      input,
+      {&prepared, &out, pointer(arguments.scale), pointer(arguments.bias),
+       pointer(arguments.threshold.array), pointer(arguments.residual), pointer(workspace)},
+      stream, threads, c_str(kernel));
 
-  const Queue queue = queue_for(input,
-                                {&prepared, &out, pointer(scale), pointer(bias),
-                                 pointer(threshold.array), pointer(residual), pointer(workspace)},
-                                stream, threads, c_str(kernel));
   const int64_t scratch = workspace_bytes(shape, queue);  // Also checks the shape.
   if (workspace) {
     workspace->expect_bytes(scratch);
   } else if (scratch > 0) {
     fail("workspace: got None, expected a uint8 array of workspace_bytes(...) = ", scratch);
   }
-  prepared.expect_bytes(prepared_weight_bytes(shape.weight, queue));
+  prepared.expect_bytes(prepared_weight_bytes(weight, queue));
   input.expect_packed(
-      packed_shape({shape.batch, shape.weight.in_channels, shape.in_height, shape.in_width}));
-  const bool bits = out.type == DataType::kBits;
-  const Layout named = layout_from(layout_name), layout = bits ? Layout::kNHWC : named;
-  const ImageShape image{shape.batch, out_channels, shape.out_height(), shape.out_width()};
-  const std::vector<int64_t> dense =
-      layout == Layout::kNCHW ? std::vector{image.batch, image.channels, image.height, image.width}
-                              : std::vector{image.batch, image.height, image.width, image.channels};
-  out.expect_type(kOutTypes);
-  if (bits) {
-    out.expect_packed(packed_shape(image));
-  } else {
-    out.expect_shape(dense);
-    if (!threshold_object.is_none())
-      fail("threshold: got one for an out of ", type_name(out.type), ", expected it for uint8");
-  }
-  if (residual) {
-    residual->expect_type(kFloatTypes);
-    residual->expect_shape(dense);
-  }
-
-  Epilogue epilogue;
-  epilogue.out_type = out.type;
-  epilogue.out_layout = layout;
-  epilogue.scale = floats(scale);
-  epilogue.bias = floats(bias);
-  epilogue.threshold = threshold.threshold;
-  if (residual) {
-    epilogue.residual = residual->data;
-    epilogue.residual_type = residual->type;
-  }
+      packed_shape({shape.batch, weight.in_channels, shape.in_height, shape.in_width}));
+  const Epilogue epilogue =
+      arguments.to(out, layout_from(layout_name),
+                   {shape.batch, weight.out_channels, shape.out_height(), shape.out_width()});
   nb::gil_scoped_release unlocked;
   binary_conv2d(shape, input.data, prepared.data, epilogue, out.data,
                 workspace ? workspace->data : nullptr, queue);

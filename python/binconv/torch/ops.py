@@ -278,18 +278,11 @@ def _fake_packed_conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    groups: int,
-    pad_value: int,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    threshold: float,
-    channel_threshold: Tensor | None,
-    out_dtype: torch.dtype | None,
-    channels_last: bool,
+    *others: Any,
 ) -> Tensor:
-    batch, height, width, _ = packed.shape
-    sizes = out_sizes(batch, (height, width), weight_shape, stride, padding, dilation)
+    batch, *in_sizes, _ = packed.shape
+    *_, out_dtype, channels_last = others
+    sizes = out_sizes(batch, in_sizes, weight_shape, stride, padding, dilation)
     return _new_output(sizes, packed, out_dtype, channels_last)
 
 
@@ -336,13 +329,9 @@ def _fake_conv2d(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    groups: int,
-    pad_value: int,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    out_dtype: torch.dtype,
+    *others: Any,
 ) -> Tensor:
+    *_, out_dtype = others
     sizes = out_sizes(x.shape[0], x.shape[2:], weight.shape, stride, padding, dilation)
     return _new_output(sizes, x, out_dtype, is_channels_last(x))
 
