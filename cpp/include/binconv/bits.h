@@ -15,8 +15,9 @@
 // channels = in_channels / groups.
 //
 // Pointers to packed data are 16-byte aligned, pointers to values aligned to their element size.
-// Errors: kInvalidArgument for a negative or overflowing size, a null or misaligned pointer, or a
-// type that the function does not take.
+// Errors: kInvalidArgument for extents that are negative or above 2^31 - 1, arrays of 2^63 bytes
+// and more, a null or misaligned pointer, or a type that the function does not take. A call on no
+// pixels does nothing.
 
 namespace binconv {
 

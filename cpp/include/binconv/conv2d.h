@@ -90,10 +90,11 @@ BINCONV_API int64_t workspace_bytes(const Conv2dShape& shape, const Queue& queue
 // out_channels. input, prepared_weight, workspace and a packed output are 16-byte aligned;
 // workspace may be null if workspace_bytes is 0. Nothing may overlap the output.
 //
-// Errors: kInvalidArgument for sizes that are negative, overflow 64 bits, give an empty output or
-// have kernel_height * kernel_width * in_channels / groups above 2^30 - 1 (the reach of an int32
-// result), and for null or misaligned pointers, wrong types or a wrong pad_value; kNotSupported for
-// a GPU (below sm_75) or a forced kernel that cannot run the shape.
+// Errors: kInvalidArgument for extents that are negative or above 2^31 - 1, arrays of 2^63 bytes
+// and more, an empty output, kernel_height * kernel_width * in_channels / groups above 2^30 - 1
+// (the reach of an int32 result), null or misaligned pointers, wrong types, a wrong pad_value, a
+// CUDA device that does not exist and a kernel name that no row has; kNotSupported for a GPU below
+// sm_75, for CUDA in a CPU-only build, and for a kernel that cannot run on the device.
 BINCONV_API void binary_conv2d(const Conv2dShape& shape, const void* input,
                                const void* prepared_weight, const Epilogue& epilogue, void* output,
                                void* workspace, const Queue& queue);

@@ -13,9 +13,9 @@ namespace binconv {
 // "major.minor.patch".
 BINCONV_API const char* version();
 
-// Names of the convolution kernels that can run on this queue, best first: what binary_conv2d
-// chooses from and what Queue::with_kernel accepts. Throws kNotSupported for a CUDA queue in a
-// CPU-only build.
+// Names of the convolution kernels that can run on this queue's device, best first: what
+// binary_conv2d chooses from and what Queue::with_kernel accepts. Throws kNotSupported for a CUDA
+// queue in a CPU-only build.
 BINCONV_API std::vector<std::string> available_kernels(const Queue& queue);
 
 // GPU architectures with compiled code, as given to CMake ("75-virtual 80-real ..."); "" if built
