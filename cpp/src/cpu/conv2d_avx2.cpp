@@ -43,38 +43,55 @@ constexpr auto kMismatches = [] {
 
 struct Avx2 {
   static constexpr int kWordBytes = 1;
-  static constexpr int kBlock = 32;
+  static constexpr int kLanes = 32;
+  static constexpr int kBlock = 64;
   static constexpr int kRows =
-      6;  // 6 sums, 2 tables, 2 weight vectors and a mask fit into 16 registers.
+      4;  // 8 sums, 4 weight vectors, 2 tables and a mask: all 16 registers but one.
 
   static void count(const uint8_t* rows, int64_t row_bytes, const uint8_t* weights,
-                    int32_t (&counts)[kRows][kBlock]) {
-    count_byte_lanes<Avx2>(rows, row_bytes, weights, counts);
+                    int64_t channels, int32_t (&counts)[kRows][kBlock]) {
+    if (channels > kLanes) {
+      count_byte_lanes<Avx2, 2>(rows, row_bytes, weights, counts);
+    } else {
+      count_byte_lanes<Avx2, 1>(rows, row_bytes, weights, counts);
+    }
   }
 
+  template <int kVectors>
   static void add_segment(const uint8_t* rows, int64_t row_bytes, int64_t begin, int64_t end,
-                          const uint8_t* weights, uint16_t (&sums)[kRows][kBlock]) {
+                          const uint8_t* weights, uint16_t (&sums)[kRows][kVectors * kLanes]) {
     const __m256i nibble = _mm256_set1_epi8(15);
-    __m256i acc[kRows];
-    for (__m256i& sum : acc) sum = _mm256_setzero_si256();
+    __m256i acc[kRows][kVectors];
+    for (auto& row : acc) {
+      for (__m256i& sum : row) sum = _mm256_setzero_si256();
+    }
     for (int64_t k = begin; k < end; ++k) {
-      const __m256i weight =
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weights + k * kBlock));
-      const __m256i low = _mm256_and_si256(weight, nibble);
-      const __m256i high = _mm256_and_si256(_mm256_srli_epi16(weight, 4), nibble);
+      __m256i low[kVectors], high[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        const uint8_t* lanes = weights + (v * row_bytes + k) * kLanes;
+        const __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
+        low[v] = _mm256_and_si256(weight, nibble);
+        high[v] = _mm256_and_si256(_mm256_srli_epi16(weight, 4), nibble);
+      }
       for (int r = 0; r < kRows; ++r) {
-        const __m128i* table =
-            reinterpret_cast<const __m128i*>(kMismatches[rows[r * row_bytes + k]].data());
-        const __m256i low_table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table));
-        const __m256i high_table = _mm256_broadcastsi128_si256(_mm_loadu_si128(table + 1));
-        acc[r] = _mm256_add_epi8(acc[r], _mm256_shuffle_epi8(low_table, low));
-        acc[r] = _mm256_add_epi8(acc[r], _mm256_shuffle_epi8(high_table, high));
+        const uint8_t* table = kMismatches[rows[r * row_bytes + k]].data();
+        const __m256i low_table = broadcast(table), high_table = broadcast(table + 16);
+        for (int v = 0; v < kVectors; ++v) {
+          acc[r][v] = _mm256_add_epi8(acc[r][v], _mm256_shuffle_epi8(low_table, low[v]));
+          acc[r][v] = _mm256_add_epi8(acc[r][v], _mm256_shuffle_epi8(high_table, high[v]));
+        }
       }
     }
     for (int r = 0; r < kRows; ++r) {
-      add(sums[r], _mm256_castsi256_si128(acc[r]));
-      add(sums[r] + 16, _mm256_extracti128_si256(acc[r], 1));
+      for (int v = 0; v < kVectors; ++v) {
+        add(&sums[r][v * kLanes], _mm256_castsi256_si128(acc[r][v]));
+        add(&sums[r][v * kLanes + 16], _mm256_extracti128_si256(acc[r][v], 1));
+      }
     }
+  }
+
+  static __m256i broadcast(const uint8_t* table) {
+    return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
   }
 
   static void add(uint16_t* sums, __m128i bytes) {

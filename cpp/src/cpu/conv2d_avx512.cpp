@@ -29,10 +29,11 @@ namespace {
 struct Avx512 {
   static constexpr int kWordBytes = 8;
   static constexpr int kVectors = 4;  // of 8 output channels each
-  static constexpr int kBlock = 8 * kVectors;
+  static constexpr int kLanes = 8 * kVectors;
+  static constexpr int kBlock = kLanes;
   static constexpr int kRows = 6;  // 24 sums and 4 weight vectors fit into 32 registers.
 
-  static void count(const uint8_t* rows, int64_t row_bytes, const uint8_t* weights,
+  static void count(const uint8_t* rows, int64_t row_bytes, const uint8_t* weights, int64_t,
                     int32_t (&counts)[kRows][kBlock]) {
     __m512i sums[kRows][kVectors];
     for (auto& row : sums) {

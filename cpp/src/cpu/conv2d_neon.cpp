@@ -11,14 +11,16 @@ namespace {
 
 struct Neon {
   static constexpr int kWordBytes = 1;
-  static constexpr int kBlock = 32;
+  static constexpr int kLanes = 32;
+  static constexpr int kBlock = kLanes;
   static constexpr int kRows = 6;
 
-  static void count(const uint8_t* rows, int64_t row_bytes, const uint8_t* weights,
+  static void count(const uint8_t* rows, int64_t row_bytes, const uint8_t* weights, int64_t,
                     int32_t (&counts)[kRows][kBlock]) {
-    count_byte_lanes<Neon>(rows, row_bytes, weights, counts);
+    count_byte_lanes<Neon, 1>(rows, row_bytes, weights, counts);
   }
 
+  template <int>
   static void add_segment(const uint8_t* rows, int64_t row_bytes, int64_t begin, int64_t end,
                           const uint8_t* weights, uint16_t (&sums)[kRows][kBlock]) {
     uint8x16_t acc[kRows][2];

@@ -6,10 +6,11 @@ namespace {
 
 struct Portable {
   static constexpr int kWordBytes = 8;
-  static constexpr int kBlock = 8;
+  static constexpr int kLanes = 8;
+  static constexpr int kBlock = kLanes;
   static constexpr int kRows = 4;
 
-  static void count(const uint8_t* rows, int64_t row_bytes, const uint8_t* weights,
+  static void count(const uint8_t* rows, int64_t row_bytes, const uint8_t* weights, int64_t,
                     int32_t (&counts)[kRows][kBlock]) {
     std::memset(counts, 0, sizeof counts);
     for (int64_t k = 0; k < row_bytes; k += kWordBytes) {

@@ -9,9 +9,12 @@
 //
 // An instruction set Isa provides
 //   kWordBytes  bytes of one output channel that lie together in prepared weights,
-//   kBlock      output channels whose words alternate,
+//   kLanes      output channels whose words alternate there,
+//   kBlock      output channels that the inner loop takes at once, a multiple of kLanes,
 //   kRows       rows that the inner loop takes at once,
-//   count(rows, row_bytes, weights, counts): counts[r][o] = popcount(row r ^ weights of channel o).
+//   count(rows, row_bytes, weights, channels, counts): counts[r][o] = popcount(row r ^ weights of
+//     channel o) for the first `channels` channels at least; lanes of weights lie row_bytes *
+//     kLanes bytes apart.
 
 #include "cpu/conv2d_prelude.h"
 #include "cpu/numeric.h"
@@ -40,13 +43,13 @@ class TiledConv2d {
     const int64_t pixel_bytes = packed_bytes(rows.group_in);
     for (int64_t o = 0; o < shape.out_channels; ++o) {
       uint8_t* channel =
-          prepared + rows.block_offset(o) + o % rows.group_out % Isa::kBlock * Isa::kWordBytes;
+          prepared + rows.lanes_offset(o) + o % rows.group_out % Isa::kLanes * Isa::kWordBytes;
       for (int64_t tap = 0; tap < rows.taps; ++tap) {
         const uint8_t* bits = packed + (o * rows.taps + tap) * pixel_bytes;
         int32_t popcount = 0;
         for (int64_t i = 0; i < rows.tap_bytes; ++i) {
           const int64_t k = tap * rows.tap_bytes + i;
-          channel[k / Isa::kWordBytes * Isa::kBlock * Isa::kWordBytes + k % Isa::kWordBytes] =
+          channel[k / Isa::kWordBytes * Isa::kLanes * Isa::kWordBytes + k % Isa::kWordBytes] =
               bits[i];
           popcount += std::popcount(bits[i]);
         }
@@ -84,16 +87,16 @@ class TiledConv2d {
           groups(shape.groups),
           tap_bytes(ceil_div(group_in, 8)),
           row_bytes(round_up(taps * tap_bytes, Isa::kWordBytes)),
-          group_blocks(ceil_div(group_out, Isa::kBlock)) {}
+          group_lanes(ceil_div(group_out, Isa::kLanes)) {}
 
-    int64_t block_offset(int64_t out_channel) const {
-      const int64_t block =
-          out_channel / group_out * group_blocks + out_channel % group_out / Isa::kBlock;
-      return block * row_bytes * Isa::kBlock;
+    int64_t lanes_offset(int64_t out_channel) const {
+      const int64_t lanes =
+          out_channel / group_out * group_lanes + out_channel % group_out / Isa::kLanes;
+      return lanes * row_bytes * Isa::kLanes;
     }
-    int64_t popcounts_offset() const { return groups * group_blocks * row_bytes * Isa::kBlock; }
+    int64_t popcounts_offset() const { return groups * group_lanes * row_bytes * Isa::kLanes; }
 
-    int64_t taps, group_in, group_out, groups, tap_bytes, row_bytes, group_blocks;
+    int64_t taps, group_in, group_out, groups, tap_bytes, row_bytes, group_lanes;
   };
 
   // How a convolution is cut up: into tiles of pixels, and chunks of tiles for a thread.
@@ -228,10 +231,10 @@ class TiledConv2d {
     // The tile's rows times one block of output channels.
     void multiply(int64_t first_pixel, int64_t count, int64_t first_channel, int64_t channels) {
       const Scaling scaling(args_.epilogue, first_channel, channels);
-      const uint8_t* weights = args_.prepared_weight + rows_.block_offset(first_channel);
+      const uint8_t* weights = args_.prepared_weight + rows_.lanes_offset(first_channel);
       alignas(64) int32_t counts[Isa::kRows][Isa::kBlock];
       for (int64_t i = 0; i < count; i += Isa::kRows) {
-        Isa::count(bits_ + i * rows_.row_bytes, rows_.row_bytes, weights, counts);
+        Isa::count(bits_ + i * rows_.row_bytes, rows_.row_bytes, weights, channels, counts);
         for (int64_t r = 0; r < std::min<int64_t>(Isa::kRows, count - i); ++r) {
           finish(counts[r], outside_ + (i + r) * (rows_.taps + 1), first_channel, channels);
           store(counts[r], scaling, first_pixel + i + r, first_channel, channels);
@@ -330,13 +333,18 @@ class TiledConv2d {
     // can start within a byte.
     void write_bits(const float* y, const float* threshold, int64_t pixel, int64_t first_channel,
                     int64_t channels) const {
-      static_assert(Isa::kBlock <= 56);
-      uint64_t bits = 0;
-      for (int64_t o = 0; o < channels; ++o) bits |= uint64_t{y[o] >= threshold[o]} << o;
-      bits <<= first_channel % 8;
-      uint8_t* out = static_cast<uint8_t*>(args_.output) +
-                     pixel * packed_bytes(args_.shape.weight.out_channels) + first_channel / 8;
-      for (; bits; bits >>= 8) *out++ |= static_cast<uint8_t>(bits);
+      uint8_t* pixel_bits = static_cast<uint8_t*>(args_.output) +
+                            pixel * packed_bytes(args_.shape.weight.out_channels);
+      constexpr int64_t kStep = 32;
+      for (int64_t first = 0; first < channels; first += kStep) {
+        uint64_t bits = 0;
+        for (int64_t o = first; o < std::min(first + kStep, channels); ++o) {
+          bits |= uint64_t{y[o] >= threshold[o]} << (o - first);
+        }
+        const int64_t channel = first_channel + first;
+        uint8_t* out = pixel_bits + channel / 8;
+        for (bits <<= channel % 8; bits; bits >>= 8) *out++ |= static_cast<uint8_t>(bits);
+      }
     }
 
     const Conv2dArgs& args_;
