@@ -30,8 +30,9 @@ struct ImageShape {
 // until the stream has passed it. The thread's current device is restored before the call returns.
 //
 // On the CPU every pointer argument is host memory and the work is done when the call returns. Up
-// to `threads` threads take part, the calling one among them; the others are started and joined
-// inside the call, and small work is left to fewer. Results do not depend on the number of threads.
+// to `threads` threads take part, the calling one among them; small work is left to fewer. The
+// others are OpenMP's where the build has it, so that they are shared with a framework that uses it
+// too, and else live for the call only. Results do not depend on the number of threads.
 //
 // Any number of threads may call the library at the same time, as long as their outputs and
 // workspaces do not overlap.

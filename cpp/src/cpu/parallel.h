@@ -16,7 +16,7 @@ inline int64_t round_up(int64_t value, int64_t multiple) {
   return ceil_div(value, multiple) * multiple;
 }
 
-// Items per chunk so that a chunk is worth handing to a thread: starting one costs some tens of
+// Items per chunk so that a chunk is worth handing to a thread: waking one can cost some tens of
 // microseconds, in which a core does about this many of the simple steps that callers count.
 inline int64_t chunk_for(int64_t steps_per_item) {
   constexpr int64_t kStepsPerChunk = int64_t{1} << 17;
