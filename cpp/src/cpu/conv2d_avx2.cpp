@@ -67,15 +67,18 @@ struct Avx2 {
     }
     for (int64_t k = begin; k < end; ++k) {
       __m256i low[kVectors], high[kVectors];
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         const uint8_t* lanes = weights + (v * row_bytes + k) * kLanes;
         const __m256i weight = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes));
         low[v] = _mm256_and_si256(weight, nibble);
         high[v] = _mm256_and_si256(_mm256_srli_epi16(weight, 4), nibble);
       }
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const uint8_t* table = kMismatches[rows[r * row_bytes + k]].data();
         const __m256i low_table = broadcast(table), high_table = broadcast(table + 16);
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
           acc[r][v] = _mm256_add_epi8(acc[r][v], _mm256_shuffle_epi8(low_table, low[v]));
           acc[r][v] = _mm256_add_epi8(acc[r][v], _mm256_shuffle_epi8(high_table, high[v]));

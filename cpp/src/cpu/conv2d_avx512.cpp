@@ -41,12 +41,15 @@ struct Avx512 {
     }
     for (int64_t k = 0; k < row_bytes; k += kWordBytes) {
       __m512i weight[kVectors];
+#pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v)
         weight[v] = _mm512_loadu_si512(weights + k * kBlock + v * 64);
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         int64_t bits;
         std::memcpy(&bits, rows + r * row_bytes + k, sizeof bits);
         const __m512i word = _mm512_set1_epi64(bits);
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) {
           const __m512i mismatches = _mm512_popcnt_epi64(_mm512_xor_si512(word, weight[v]));
           sums[r][v] = _mm512_add_epi64(sums[r][v], mismatches);

@@ -28,8 +28,10 @@ struct Neon {
     for (int64_t k = begin; k < end; ++k) {
       const uint8x16_t weight[2] = {vld1q_u8(weights + k * kBlock),
                                     vld1q_u8(weights + k * kBlock + 16)};
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const uint8x16_t bits = vld1q_dup_u8(rows + r * row_bytes + k);
+#pragma GCC unroll 8
         for (int v = 0; v < 2; ++v)
           acc[r][v] = vaddq_u8(acc[r][v], vcntq_u8(veorq_u8(bits, weight[v])));
       }

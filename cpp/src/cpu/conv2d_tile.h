@@ -13,8 +13,9 @@
 //   kBlock      output channels that the inner loop takes at once, a multiple of kLanes,
 //   kRows       rows that the inner loop takes at once,
 //   count(rows, row_bytes, weights, channels, counts): counts[r][o] = popcount(row r ^ weights of
-//     channel o) for the first `channels` channels at least; lanes of weights lie row_bytes *
-//     kLanes bytes apart.
+//     channel o) for the first `channels` channels at least; the weights of kLanes channels lie
+//     row_bytes * kLanes bytes after those of the kLanes before. Its loops over rows and vectors
+//     ask to be unrolled: rolled, as -O2 leaves them, the counts would go through memory.
 
 #include "cpu/conv2d_prelude.h"
 #include "cpu/numeric.h"
