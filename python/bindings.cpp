@@ -135,7 +135,9 @@ struct EpilogueArguments {
         fail("threshold: got one for an out of ", type_name(out.type), ", expected it for uint8");
       }
     }
-    Epilogue epilogue{out.type, layout, floats(scale), floats(bias)};
+    Epilogue epilogue{.out_type = out.type, .out_layout = layout};
+    epilogue.scale = floats(scale);
+    epilogue.bias = floats(bias);
     epilogue.threshold = threshold.threshold;
     if (residual) {
       residual->expect_type(kFloatTypes);
