@@ -242,8 +242,10 @@ Conv conv_of(const Conv2dArgs& args) {
 Output output_of(const Conv2dArgs& args) {
   const int64_t plane_pixels = args.shape.out_height() * args.shape.out_width();
   const int64_t channels = args.shape.weight.out_channels;
+  void* const bits = args.epilogue.out_type == DataType::kBits ? args.output : args.epilogue.bits;
   return {.epilogue = args.epilogue,
           .data = args.output,
+          .bits = static_cast<uint32_t*>(bits),
           .pixels = args.shape.batch * plane_pixels,
           .plane_pixels = plane_pixels,
           .channels = channels,
