@@ -32,12 +32,13 @@ void check_activation(const Activation& activation) {
   }
 }
 
-// What says which bits are written, and where beside values.
-void check_bits(const Epilogue& epilogue) {
+// What says which bits are written, and where beside values. Those of an empty batch may lie
+// nowhere: then null does not tell that none are asked for.
+void check_bits(const Epilogue& epilogue, int64_t batch) {
   if (epilogue.out_type == DataType::kBits) {
     require(epilogue.out_layout == Layout::kNHWC, "out_layout: got kNCHW for bits, expected kNHWC");
     require(!epilogue.bits, "bits: got a pointer beside an output of bits, expected null");
-  } else if (!epilogue.bits) {
+  } else if (!epilogue.bits && batch > 0) {
     const char* type = to_string(epilogue.out_type);
     require(!epilogue.threshold.per_channel, "threshold: got thresholds for an output of ", type,
             ", expected them for bits only");
@@ -48,7 +49,7 @@ void check_bits(const Epilogue& epilogue) {
   if (epilogue.bits) check_pointer("bits", epilogue.bits, kPackedAlignment);
 }
 
-void check_epilogue(const Epilogue& epilogue) {
+void check_epilogue(const Epilogue& epilogue, int64_t batch) {
   check_type("out_type", epilogue.out_type,
              {DataType::kInt32, DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16,
               DataType::kBits});
@@ -68,7 +69,7 @@ void check_epilogue(const Epilogue& epilogue) {
     check_pointer("residual", epilogue.residual, element_bytes(epilogue.residual_type));
   }
   check_activation(epilogue.activation);
-  check_bits(epilogue);
+  check_bits(epilogue, batch);
 }
 
 const Kernel& checked_kernel(const Conv2dShape& shape, const Queue& queue) {
@@ -109,7 +110,7 @@ int64_t workspace_bytes(const Conv2dShape& shape, const Queue& queue) {
 void binary_conv2d(const Conv2dShape& shape, const void* input, const void* prepared_weight,
                    const Epilogue& epilogue, void* output, void* workspace, const Queue& queue) {
   const Kernel& kernel = checked_kernel(shape, queue);
-  check_epilogue(epilogue);
+  check_epilogue(epilogue, shape.batch);
   if (shape.batch == 0) return;
   check_pointer("input", input, kPackedAlignment);
   check_pointer("prepared_weight", prepared_weight, kPackedAlignment);

@@ -229,7 +229,10 @@ TEST(Conv2d, EveryBatchMatchesReference) {
 TEST(Conv2d, EmptyBatchNeedsNoMemory) {
   const Conv2dShape shape = shape_3x3(0, 64, 4, 5, 12);
   for (const Queue& queue : kernel_queues()) {
+    const Buffer thresholds(queue, std::vector<float>(12, 0.0f), 4);
     binary_conv2d(shape, nullptr, nullptr, {}, nullptr, nullptr, queue);
+    binary_conv2d(shape, nullptr, nullptr, {.threshold = {0.0f, thresholds.as<float>()}}, nullptr,
+                  nullptr, queue);
   }
 }
 
