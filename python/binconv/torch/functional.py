@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -149,45 +149,64 @@ def binary_conv2d(
     out_channels, _, *kernel = weight.shape
     geometry = geometry_arguments(stride, padding, dilation, kernel, groups, pad_value)
     dtype = _out_dtype(x, out_dtype)
-    scale = _per_channel("scale", scale, out_channels, x.device)
-    bias = _per_channel("bias", bias, out_channels, x.device)
     sizes = ops.out_sizes(x.shape[0], x.shape[2:], weight.shape, *geometry[:3])
-    if residual is not None:
-        check_tensor("residual", residual, FLOATS, rank=4)
-        check_device("residual", residual, x.device)
-        if residual.shape != sizes:
-            raise ValueError(f"residual: got shape {tuple(residual.shape)}, expected {sizes}")
-    activation = _activation(prelu, out_channels, x.device)
-    limits = _threshold(threshold, out_channels, x.device)
-    below = _flags("threshold_below", threshold_below, out_channels, x.device)
-    _check_outputs(dtype, activation, threshold, below, with_bits)
+    epilogue = Epilogue(
+        scale=_per_channel("scale", scale, out_channels, x.device),
+        bias=_per_channel("bias", bias, out_channels, x.device),
+        residual=_checked_residual(residual, sizes, x.device),
+        clamp=clamp,
+        activation=_activation(prelu, out_channels, x.device),
+        limits=_threshold(threshold, out_channels, x.device),
+        below=_flags("threshold_below", threshold_below, out_channels, x.device),
+        dtype=dtype,
+        with_bits=with_bits,
+        channels_last=dtype is None or isinstance(x, BitTensor) or ops.is_channels_last(x),
+    )
+    _check_outputs(epilogue, has_threshold=threshold is not None)
 
-    channels_last = dtype is None or isinstance(x, BitTensor) or ops.is_channels_last(x)
-    is_plain = not (clamp or activation or with_bits)
-    operands = (x, weight, scale, bias, residual, *(activation or ()))
+    is_plain = not (clamp or epilogue.activation or with_bits)
     if dtype in FLOATS and is_plain and isinstance(x, Tensor) and isinstance(weight, Tensor):
-        return _convolution(x, weight, geometry, channels_last)(scale, bias, residual, dtype)
-    if dtype in FLOATS and not is_plain and _need_gradient(operands):
-        convolve = _convolution(x, weight, geometry, channels_last)
-        y = _in_steps(convolve, scale, bias, residual, clamp, activation)
-        out = _in_format(y.to(dtype), channels_last)
-        return (out, _bits_of(y.detach(), limits, below)) if with_bits else out
-
-    packed, prepared = _packed_operands(x, weight, dtype, groups)
-    epilogue = (scale, bias, residual, *limits, dtype, channels_last, below, clamp)
-    steps = (False, None, None, None) if activation is None else (True, *activation)
-    arguments = (packed, prepared.data, prepared.shape, *geometry, *epilogue, *steps)
-    if with_bits:
-        out, bits = torch.ops.binconv.packed_conv2d_with_bits(*arguments)
-        return out, BitTensor(bits, out_channels)
-    out = torch.ops.binconv.packed_conv2d(*arguments)
-    return BitTensor(out, out_channels) if dtype is None else out
+        convolve = _convolution(x, weight, geometry, epilogue.channels_last)
+        return convolve(epilogue.scale, epilogue.bias, residual, dtype)
+    if dtype in FLOATS and not is_plain and _need_gradient(x, weight, epilogue):
+        return _in_steps(x, weight, geometry, epilogue)
+    return _fused(x, weight, geometry, epilogue)
 
 
 Geometry = tuple[list[int], list[int], list[int], int, int]
 Activation = tuple[Tensor | None, Tensor | None, Tensor | None]
 # From scale, bias, residual and out_dtype.
 Convolution = Callable[[Tensor | None, Tensor | None, Tensor | None, torch.dtype | None], Tensor]
+
+
+class Epilogue(NamedTuple):
+    """What a convolution ends with, checked and in the form that the operators take."""
+
+    scale: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    clamp: bool
+    activation: Activation | None
+    limits: tuple[float, Tensor | None]
+    below: Tensor | None
+    dtype: torch.dtype | None
+    with_bits: bool
+    channels_last: bool
+
+
+def _fused(
+    x: Tensor | BitTensor, weight: Tensor | PreparedWeight, geometry: Geometry, epilogue: Epilogue
+) -> Tensor | BitTensor | tuple[Tensor, BitTensor]:
+    scale, bias, residual, clamp, activation, limits, below, dtype, with_bits, last = epilogue
+    packed, prepared = _packed_operands(x, weight, dtype, geometry[3])
+    steps = (False, None, None, None) if activation is None else (True, *activation)
+    arguments = (scale, bias, residual, *limits, dtype, last, below, clamp, *steps)
+    operands = (packed, prepared.data, prepared.shape, *geometry)
+    if with_bits:
+        out, bits = torch.ops.binconv.packed_conv2d_with_bits(*operands, *arguments)
+        return out, BitTensor(bits, prepared.shape[0])
+    out = torch.ops.binconv.packed_conv2d(*operands, *arguments)
+    return BitTensor(out, prepared.shape[0]) if dtype is None else out
 
 
 def _packed_operands(
@@ -204,9 +223,10 @@ def _packed_operands(
     return packed, weight
 
 
-def _need_gradient(operands: Sequence[object]) -> bool:
+def _need_gradient(x: object, weight: object, epilogue: Epilogue) -> bool:
+    factors = (epilogue.scale, epilogue.bias, epilogue.residual, *(epilogue.activation or ()))
     return torch.is_grad_enabled() and any(
-        isinstance(operand, Tensor) and operand.requires_grad for operand in operands
+        isinstance(operand, Tensor) and operand.requires_grad for operand in (x, weight, *factors)
     )
 
 
@@ -234,26 +254,31 @@ def _convolution(
 
 
 def _in_steps(
-    convolve: Convolution,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    clamp: bool,
-    activation: Activation | None,
-) -> Tensor:
+    x: Tensor | BitTensor, weight: Tensor | PreparedWeight, geometry: Geometry, epilogue: Epilogue
+) -> Tensor | tuple[Tensor, BitTensor]:
     """What the fused epilogue computes, to the last bit, in operations that have gradients."""
+    convolve = _convolution(x, weight, geometry, epilogue.channels_last)
+    scale, bias, residual = epilogue.scale, epilogue.bias, epilogue.residual
     y = convolve(scale, bias, residual, torch.float32)
-    if clamp:
+    if epilogue.clamp:
         with torch.no_grad():
             acc = convolve(None, None, None, torch.float32)
         # Where acc is 0, the fma has one term, which needs no fused operation.
         y = torch.where(acc >= 0, y, _add(_of_zero(scale, bias, y), residual))
-    if activation is not None:
-        in_shift, slope, out_shift = (None if v is None else _column(v) for v in activation)
-        y = _add(y, in_shift)
-        zero = torch.zeros((), device=y.device)
-        y = _add(torch.where(y < 0, zero if slope is None else slope * y, y), out_shift)
-    return y
+    if epilogue.activation is not None:
+        y = _activate(y, epilogue.activation)
+    assert epilogue.dtype is not None
+    out = _in_format(y.to(epilogue.dtype), epilogue.channels_last)
+    if not epilogue.with_bits:
+        return out
+    return out, _bits_of(y.detach(), epilogue.limits, epilogue.below)
+
+
+def _activate(y: Tensor, activation: Activation) -> Tensor:
+    in_shift, slope, out_shift = (None if v is None else _column(v) for v in activation)
+    y = _add(y, in_shift)
+    zero = torch.zeros((), device=y.device)
+    return _add(torch.where(y < 0, zero if slope is None else slope * y, y), out_shift)
 
 
 def _column(per_channel: Tensor) -> Tensor:
@@ -287,23 +312,30 @@ def _bits_of(y: Tensor, limits: tuple[float, Tensor | None], below: Tensor | Non
     return BitTensor(torch.ops.binconv.pack_bits(y, value, per_channel), y.shape[1])
 
 
-def _check_outputs(
-    dtype: torch.dtype | None,
-    activation: Activation | None,
-    threshold: object,
-    below: Tensor | None,
-    with_bits: bool,
-) -> None:
-    if dtype == torch.int32 and activation is not None:
+def _checked_residual(
+    residual: Tensor | None, sizes: Sequence[int], device: torch.device
+) -> Tensor | None:
+    if residual is not None:
+        check_tensor("residual", residual, FLOATS, rank=4)
+        check_device("residual", residual, device)
+        if residual.shape != sizes:
+            raise ValueError(f"residual: got shape {tuple(residual.shape)}, expected {sizes}")
+    return residual
+
+
+def _check_outputs(epilogue: Epilogue, has_threshold: bool) -> None:
+    dtype = epilogue.dtype
+    if dtype == torch.int32 and epilogue.activation is not None:
         raise ValueError("prelu: got one for out_dtype torch.int32, expected none")
-    if with_bits and dtype not in FLOATS:
+    if epilogue.with_bits and dtype not in FLOATS:
         raise ValueError(
             f"with_bits: got True for out_dtype {dtype or 'bits'}, expected it for a float type"
         )
-    if dtype is None or with_bits:
+    if dtype is None or epilogue.with_bits:
         return
-    for name, given in (("threshold", threshold), ("threshold_below", below)):
-        if given is not None:
+    has_below = epilogue.below is not None
+    for name, given in (("threshold", has_threshold), ("threshold_below", has_below)):
+        if given:
             raise ValueError(
                 f"{name}: got one for out_dtype {dtype}, expected it for 'bits' or with_bits only"
             )
