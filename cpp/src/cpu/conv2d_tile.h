@@ -323,7 +323,6 @@ class TiledConv2d {
       }
     }
 
-    // The product is taken of every y, also where it is not wanted, so that the loop vectorizes.
     void activate(float* y, int64_t first_channel, int64_t channels) const {
       const Activation& activation = args_.epilogue.activation;
       if (const float* shift = activation.in_shift) {
@@ -331,8 +330,7 @@ class TiledConv2d {
       }
       if (const float* slope = activation.slope) {
         for (int64_t o = 0; o < channels; ++o) {
-          const float scaled = slope[first_channel + o] * y[o];
-          y[o] = y[o] < 0 ? scaled : y[o];
+          y[o] = y[o] < 0 ? slope[first_channel + o] * y[o] : y[o];
         }
       } else {
         for (int64_t o = 0; o < channels; ++o) y[o] = y[o] < 0 ? 0.0f : y[o];
