@@ -356,17 +356,29 @@ class TiledConv2d {
       }
     }
 
-    // Sets the bits of an output pixel that is zero so far; with groups, a block can start within a
-    // byte.
     void write_bits(const float* y, const Scaling& scaling, int64_t pixel, int64_t first_channel,
                     int64_t channels) const {
+      const auto above = [&](int64_t o) { return y[o] >= scaling.threshold[o]; };
+      const auto either = [&](int64_t o) {
+        return scaling.below[o] ? y[o] <= scaling.threshold[o] : above(o);
+      };
+      if (args_.epilogue.threshold_below) {
+        set_bits(either, pixel, first_channel, channels);
+      } else {
+        set_bits(above, pixel, first_channel, channels);
+      }
+    }
+
+    // In an output pixel that is zero so far; with groups, a block can start within a byte.
+    template <class Passes>
+    void set_bits(const Passes& passes, int64_t pixel, int64_t first_channel,
+                  int64_t channels) const {
       uint8_t* pixel_bits = packed_output_ + pixel * packed_bytes(args_.shape.weight.out_channels);
       constexpr int64_t kStep = 32;
       for (int64_t first = 0; first < channels; first += kStep) {
         uint64_t bits = 0;
         for (int64_t o = first; o < std::min(first + kStep, channels); ++o) {
-          const bool above = y[o] >= scaling.threshold[o], below = y[o] <= scaling.threshold[o];
-          bits |= uint64_t{scaling.below[o] ? below : above} << (o - first);
+          bits |= uint64_t{passes(o)} << (o - first);
         }
         const int64_t channel = first_channel + first;
         uint8_t* out = pixel_bits + channel / 8;
