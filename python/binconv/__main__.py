@@ -1,4 +1,4 @@
-"""The command line of binconv: `python -m binconv info` and `python -m binconv demo`."""
+"""The command line of binconv: `python -m binconv info`, `demo` and `bench`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import binconv
 
@@ -18,6 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, value in _info():
             print(f"{name:<16}{value}")
         return 0
+    if arguments.command == "bench":
+        return _bench(arguments)
     return _demo(arguments)
 
 
@@ -25,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="binconv", description="Exact, fast binary (+1/-1) 2-D convolution."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,info}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{bench,demo,info}")
     commands.add_parser("info", help="show what this binconv was built with and can run on")
     text = "train a small binary network on handwritten digits and run it on packed bits"
     demo = commands.add_parser("demo", help=text, description=text.capitalize() + ".")
@@ -38,7 +41,24 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("binconv-demo.png"),
         help="the picture to write, a PNG file (default: binconv-demo.png)",
     )
+    _add_bench(commands)
     return parser
+
+
+def _add_bench(commands: Any) -> None:
+    text = "measure layers of published networks against float16 convolution in PyTorch"
+    bench = commands.add_parser("bench", help=text, description=text.capitalize() + ".")
+    bench.add_argument("--device", default="cuda", help="cuda[:N], or cpu to try it")
+    bench.add_argument("--rows", default="", metavar="REGEX", help="only group/name with a match")
+    bench.add_argument("--batch", type=_whole_number(1), nargs="+", default=[1, 8, 128])
+    bench.add_argument("--kernel", help="this one (see: binconv info), not the best for the layer")
+    bench.add_argument("--quick", action="store_true", help="fewer repetitions")
+    text = "benchmarks/cutlass_and.cu as a shared library, to measure too"
+    bench.add_argument("--cutlass", type=Path, metavar="LIBRARY", help=text)
+    text = "write PATH.md and PATH.json"
+    bench.add_argument("--output", type=Path, metavar="PATH", help=text)
+    text = "also write PATH_roofline.png and PATH_speedups.png"
+    bench.add_argument("--plots", action="store_true", help=text)
 
 
 def _whole_number(least: int) -> Callable[[str], int]:
@@ -78,18 +98,39 @@ def _demo(arguments: argparse.Namespace) -> int:
     try:
         from .torch import demo
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("binconv"):
-            raise
-        return _fail(f'no module named {error.name!r}; run: pip install "binconv[demo]"')
+        return _missing("demo", error, "demo")
     try:
         demo.run(arguments.device, arguments.seed, arguments.epochs, arguments.output)
     except demo.DemoError as error:
-        return _fail(str(error))
+        return _fail("demo", str(error))
     return 0
 
 
-def _fail(message: str) -> int:
-    print(f"binconv demo: {message}", file=sys.stderr)
+def _bench(arguments: argparse.Namespace) -> int:
+    try:
+        from .torch import bench
+
+        if arguments.plots:
+            from .torch.bench import plots  # noqa: F401  # Missing matplotlib shows at once.
+    except ModuleNotFoundError as error:
+        return _missing("bench", error, "demo" if arguments.plots else "torch")
+    options = vars(arguments)
+    del options["command"]
+    try:
+        bench.run(**options)
+    except bench.BenchError as error:
+        return _fail("bench", str(error))
+    return 0
+
+
+def _missing(command: str, error: ModuleNotFoundError, extra: str) -> int:
+    if error.name is None or error.name.startswith("binconv"):
+        raise error
+    return _fail(command, f'no module named {error.name!r}; run: pip install "binconv[{extra}]"')
+
+
+def _fail(command: str, message: str) -> int:
+    print(f"binconv {command}: {message}", file=sys.stderr)
     return 1
 
 
