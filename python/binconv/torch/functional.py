@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .bit_tensor import BitTensor
+from .training import sign_conv2d, wants_gradient
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 VALUES = (*FLOATS, torch.int8)
@@ -147,6 +148,10 @@ def binary_conv2d(
         raise ValueError(f"threshold: got one for out_dtype {dtype}, expected it for 'bits' only")
 
     if isinstance(x, Tensor) and isinstance(weight, Tensor) and dtype in FLOATS:
+        if wants_gradient(x, weight, scale, bias, residual):
+            return sign_conv2d(
+                x, weight, geometry, dtype, scale=scale, bias=bias, residual=residual
+            )
         y: Tensor = torch.ops.binconv.conv2d(
             x, weight, None, *geometry, scale, bias, residual, dtype
         )
