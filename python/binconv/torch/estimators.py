@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +29,8 @@ class Estimator:
         return 0.0
 
     @property
-    def peak(self) -> float:
-        """The largest value of |g|."""
+    def peak(self) -> Any:
+        """The largest value of |g|, a number or a tensor without dimensions."""
         return 1.0
 
     def derivative(self, v: Tensor) -> Tensor:
@@ -134,13 +134,15 @@ class EDE(Estimator):
     t = 10^(2 progress - 1) goes from 0.1 to 10 and k = max(1 / t, 1) from 10 to 1: first close to
     the identity, then close to the sign. `set_progress` moves all layers of a model along.
 
-    progress: a number from 0 to 1.
+    progress: a number from 0 to 1; or a tensor without dimensions, on v's device, unchecked.
     """
 
     name: ClassVar[str] = "ede"
-    progress: float = 0.0
+    progress: float | Tensor = 0.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.progress, Tensor):
+            return
         if not _is_number(self.progress) or not 0 <= self.progress <= 1:
             raise ValueError(f"progress: got {self.progress!r}, expected a number from 0 to 1")
 
@@ -150,14 +152,15 @@ class EDE(Estimator):
         return float(self.progress)
 
     @property
-    def peak(self) -> float:
+    def peak(self) -> Any:
         """g(0) = k t = max(1, t)."""
-        return max(1.0, 10 ** (2 * self.progress - 1))
+        t = 10 ** (2 * self.progress - 1)
+        return t.clamp_min(1) if isinstance(t, Tensor) else max(1.0, t)
 
     def derivative(self, v: Tensor) -> Tensor:
         """As for the class: k t (1 - tanh(t v)^2)."""
         slope = (10 ** (2 * self.progress - 1) * v).tanh()
-        return self.peak * (1 - slope * slope)
+        return (1 - slope * slope) * self.peak  # type: ignore[no-any-return]
 
 
 _CLASSES: dict[str, type[Estimator]] = {
@@ -179,15 +182,18 @@ def estimator(value: str | Estimator, argument: str = "ste") -> Estimator:
     return _CLASSES[value]()
 
 
-def of_parameter(name: str, parameter: float) -> Estimator:
-    """The estimator with that name and that `parameter`."""
-    kind = _CLASSES[name]
-    made: Callable[..., Estimator] = kind
-    return made(parameter) if fields(kind) else made()
+def of_parameter(name: str, parameter: float, progress: Tensor | None = None) -> Estimator:
+    """The estimator with that name and that `parameter`; for "ede" progress, if given, instead."""
+    kind: Callable[..., Estimator] = _CLASSES[name]
+    if name == EDE.name and progress is not None:
+        return EDE(progress)
+    return kind(parameter) if fields(_CLASSES[name]) else kind()
 
 
 def set_progress(model: nn.Module, progress: float) -> None:
     """Moves every EDE of the BinaryConv2d layers in a model to this progress of training.
+
+    Neither a compiled model nor a captured CUDA graph is made anew for it.
 
     progress: from 0 to 1, for example epoch / epochs (IR-Net, see EDE).
     """
@@ -196,6 +202,8 @@ def set_progress(model: nn.Module, progress: float) -> None:
         for name in ("ste", "weight_ste"):
             if isinstance(getattr(module, name, None), EDE):
                 setattr(module, name, moved)
+                assert isinstance(module.progress, Tensor)
+                module.progress.fill_(progress)
 
 
 def _is_number(value: object) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .bit_tensor import BitTensor
-from .estimators import Estimator, estimator
+from .estimators import EDE, Estimator, estimator
 from .functional import (
     FLOATS,
     Padding,
@@ -109,7 +109,16 @@ class BinaryConv2d(nn.Conv2d):
         self.scale = nn.Parameter(torch.empty(out_channels, **like)) if learns_scale else None
         self.shift = nn.Parameter(torch.empty(in_channels, **like)) if input_shift else None
         self._reset_scale_and_shift()
+        self.progress: Tensor | None
+        self.register_buffer("progress", self._first_progress(), persistent=False)
         self._allocate()
+
+    def _first_progress(self) -> Tensor | None:
+        both = self.ste, self.weight_ste
+        if not any(isinstance(chosen, EDE) for chosen in both):
+            return None
+        numbers = [chosen.parameter if isinstance(chosen, EDE) else 0.0 for chosen in both]
+        return torch.tensor(numbers, device=self.weight.device)
 
     def reset_parameters(self) -> None:
         """As nn.Conv2d; scale becomes mean(|weight|) of each filter, shift zero."""
@@ -144,6 +153,7 @@ class BinaryConv2d(nn.Conv2d):
                 scale=scale,
                 bias=bias,
                 prepared=prepared,
+                progress=_float(self.progress),
                 ste=self.ste,
                 weight_ste=self.weight_ste,
             )

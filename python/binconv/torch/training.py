@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .estimators import Clip, Estimator, Identity, of_parameter
+from .estimators import EDE, Clip, Estimator, Identity, of_parameter
 
 CLIP = Clip()
 LEVELS = 127  # Of the derivatives that backward keeps as 8-bit codes, on either side of 0.
@@ -17,7 +17,8 @@ LEVELS = 127  # Of the derivatives that backward keeps as 8-bit codes, on either
 _library = torch.library.Library("binconv", "FRAGMENT")
 _library.define(
     "sign_conv2d(Tensor x, Tensor weight, Tensor? leaf, Tensor? shift, Tensor? scale, "
-    "Tensor? bias, Tensor? residual, Tensor? prepared, int[2] stride, "
+    "Tensor? bias, Tensor? residual, Tensor? prepared, "
+    "Tensor? progress, int[2] stride, "
     "int[4] padding, int[2] dilation, int groups, int pad_value, ScalarType out_dtype, str ste, "
     "float ste_parameter, str weight_ste, float weight_ste_parameter) -> (Tensor, Tensor, Tensor)"
 )
@@ -35,6 +36,7 @@ def sign_conv2d(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     prepared: Tensor | None = None,
+    progress: Tensor | None = None,
     ste: Estimator = CLIP,
     weight_ste: Estimator = CLIP,
 ) -> Tensor:
@@ -65,6 +67,7 @@ def sign_conv2d(
         bias: (O,) float32.
         residual: float tensor of the result's shape.
         prepared: the bits of weight, if they are at hand.
+        progress: (2,) float32, that of an EDE for x + shift and for weight, instead of its own.
         ste: the estimator for x + shift.
         weight_ste: the estimator for weight.
     """
@@ -77,14 +80,21 @@ def sign_conv2d(
         bias,
         residual,
         prepared,
+        progress,
         *geometry,
         out_dtype,
         ste.name,
-        ste.parameter,
+        _parameter(ste, progress),
         weight_ste.name,
-        weight_ste.parameter,
+        _parameter(weight_ste, progress),
     )[0]
     return y
+
+
+def _parameter(estimator: Estimator, progress: Tensor | None) -> float:
+    if isinstance(estimator, EDE) and progress is not None:
+        return 0.0  # Unused, and the same at all times, so that nothing is compiled anew.
+    return estimator.parameter
 
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
@@ -101,6 +111,7 @@ def _sign_conv2d(
     bias: Tensor | None,
     residual: Tensor | None,
     prepared: Tensor | None,
+    progress: Tensor | None,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     stride, padding, dilation, groups, pad_value, out_dtype, ste, ste_parameter, _, _ = arguments
@@ -126,7 +137,8 @@ def _sign_conv2d(
         out_dtype=out_dtype,
         channels_last=ops.is_channels_last(x),
     )
-    return y, _narrow(packed, x.shape[1]), _kept(of_parameter(ste, ste_parameter), x, shift)
+    estimator = of_parameter(ste, ste_parameter, None if progress is None else progress[0])
+    return y, _narrow(packed, x.shape[1]), _kept(estimator, x, shift)
 
 
 def _kept(estimator: Estimator, x: Tensor, shift: Tensor | None) -> Tensor:
@@ -178,6 +190,7 @@ def _fake_sign_conv2d(
     bias: Tensor | None,
     residual: Tensor | None,
     prepared: Tensor | None,
+    progress: Tensor | None,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     stride, padding, dilation, _, _, out_dtype, ste, *_ = arguments
@@ -196,22 +209,23 @@ def _fake_sign_conv2d(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, _, scale, _, residual, _, *arguments = inputs
+    x, weight, _, _, scale, _, residual, _, progress, *arguments = inputs
     *geometry, _, ste, ste_parameter, weight_ste, weight_ste_parameter = arguments
     ctx.set_materialize_grads(False)  # Bits have no gradient, not one of zeros.
-    ctx.save_for_backward(output[1], output[2], weight, scale)
+    ctx.save_for_backward(output[1], output[2], weight, scale, progress)
     ctx.geometry = geometry
     ctx.dtypes = x.dtype, None if residual is None else residual.dtype
-    ctx.estimators = (
-        of_parameter(ste, ste_parameter),
-        of_parameter(weight_ste, weight_ste_parameter),
-    )
+    ctx.estimators = (ste, ste_parameter), (weight_ste, weight_ste_parameter)
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 18
-    bits, kept, weight, scale = ctx.saved_tensors
+        return (None,) * 19
+    bits, kept, weight, scale, progress = ctx.saved_tensors
+    ste, weight_ste = (
+        of_parameter(name, parameter, None if progress is None else progress[i])
+        for i, (name, parameter) in enumerate(ctx.estimators)
+    )
     needs_x, needs_weight, needs_leaf, needs_shift, needs_scale, needs_bias, needs_residual = (
         ctx.needs_input_grad[:7]
     )
@@ -224,11 +238,9 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         ctx.geometry,
         (needs_x or needs_shift, needs_weight or needs_leaf or needs_scale),
     )
-    grad_x = _let_through(ctx.estimators[0], of_signs[0], kept)
+    grad_x = _let_through(ste, of_signs[0], kept)
     grad_shift = grad_x.sum((0, 2, 3), dtype=torch.float32) if needs_shift else None
-    grad_weight, grad_scale = _weight_gradients(
-        of_signs[1], weight, scale, needs_scale, ctx.estimators[1]
-    )
+    grad_weight, grad_scale = _weight_gradients(of_signs[1], weight, scale, needs_scale, weight_ste)
     return (
         grad_x.to(x_dtype) if needs_x else None,
         grad_weight.to(weight.dtype) if needs_weight else None,
@@ -237,7 +249,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, .
         grad_scale,
         grad.sum((0, 2, 3), dtype=torch.float32) if needs_bias else None,
         grad.to(residual_dtype) if needs_residual else None,
-        *[None] * 11,
+        *[None] * 12,
     )
 
 
