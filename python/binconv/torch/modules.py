@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .binary_parameter import BinaryParameter
 from .bit_tensor import BitTensor
-from .estimators import EDE, Estimator, estimator
+from .estimators import EDE, Estimator, Identity, estimator
 from .functional import (
     FLOATS,
     Padding,
@@ -20,6 +21,8 @@ from .functional import (
 )
 from .training import sign_conv2d, wants_gradient
 
+IDENTITY = Identity()
+
 
 class BinaryConv2d(nn.Conv2d):
     """A convolution of signs with a float weight to train.
@@ -29,7 +32,8 @@ class BinaryConv2d(nn.Conv2d):
     convolution keeps x. In eval mode it keeps its weight as prepared bits, made anew whenever the
     weight has changed: by an optimizer, load_state_dict, an in-place edit, another parameter,
     another device. Only an edit through `weight.data` is hidden from PyTorch; it counts from the
-    next call of train() or eval() on. Both modes compute the same numbers.
+    next call of train() or eval() on; call one of them after fully_shard, too. Both modes compute
+    the same numbers.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as for
@@ -133,6 +137,18 @@ class BinaryConv2d(nn.Conv2d):
             if self.shift is not None:
                 self.shift.zero_()
 
+    def store_weight_as_int8(self) -> None:
+        """Makes weight a BinaryParameter of its signs; the outputs stay the same.
+
+        A scale computed from the float weight becomes a learnable one that starts there.
+        """
+        scale = self._new_scale()
+        if self.scale is None and scale is not None:
+            self.weight_scale = "learnable"
+            self.scale = nn.Parameter(scale.detach().to(self.weight.dtype))
+        self.weight = BinaryParameter(self.weight)
+        self._allocate()
+
     def forward(self, x: Tensor | BitTensor) -> Tensor:
         """The convolution; see the class."""
         self._check_weight()
@@ -143,19 +159,21 @@ class BinaryConv2d(nn.Conv2d):
             return self._forward_bits(x.data, prepared, scale, bias, torch.float32, True)
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
-        if wants_gradient(x, self.weight, shift, scale, bias):
+        leaf = self.weight.leaf if isinstance(self.weight, BinaryParameter) else None
+        if wants_gradient(x, self.weight, leaf, shift, scale, bias):
             return sign_conv2d(
                 x,
                 self.weight,
                 self._geometry,
                 x.dtype,
+                leaf=leaf,
                 shift=shift,
                 scale=scale,
                 bias=bias,
                 prepared=prepared,
                 progress=_float(self.progress),
                 ste=self.ste,
-                weight_ste=self.weight_ste,
+                weight_ste=self.weight_ste if leaf is None else IDENTITY,
             )
         packed = torch.ops.binconv.pack_bits(x, 0.0, None if shift is None else -shift)
         return self._forward_bits(packed, prepared, scale, bias, x.dtype, ops.is_channels_last(x))
@@ -187,7 +205,12 @@ class BinaryConv2d(nn.Conv2d):
         return out
 
     def _check_weight(self) -> None:
-        check_tensor("weight", self.weight, FLOATS, rank=4)
+        check_tensor("weight", self.weight, (*FLOATS, torch.int8), rank=4)
+        trains = self.weight.is_floating_point() or isinstance(self.weight, BinaryParameter)
+        if self.training and not trains:
+            raise ValueError(
+                "weight: got int8, expected floats or a BinaryParameter in training mode"
+            )
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         if self.weight.shape != shape:
             raise ValueError(f"weight: got shape {tuple(self.weight.shape)}, expected {shape}")
@@ -241,7 +264,8 @@ class BinaryConv2d(nn.Conv2d):
         weight = self.weight
         self._prepared: Tensor | None = None
         self._kept_shape = weight.shape
-        if weight.is_meta:
+        # What fully_shard gathers for each call looks unchanged when it is not: keep nothing then.
+        if weight.is_meta or hasattr(weight, "placements"):
             return
         with torch.inference_mode(False):
             self._prepared = ops.new_prepared(weight.shape, self.groups, weight)
@@ -251,6 +275,8 @@ class BinaryConv2d(nn.Conv2d):
 
     def _apply(self, fn: Any, recurse: bool = True) -> BinaryConv2d:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight.dtype == torch.int8 and not isinstance(self.weight, BinaryParameter):
+            self.weight = BinaryParameter(self.weight)  # Converting made it a plain parameter.
         self._allocate()
         return self
 
