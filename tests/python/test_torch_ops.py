@@ -15,9 +15,9 @@ from reference_torch import assert_gradient_is, factors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from binconv.torch import BitTensor, binary_conv2d, pack_bits, pack_weight, prepare_weight
+from binconv.torch.autograd import sign_conv2d
 from binconv.torch.estimators import estimator
 from binconv.torch.functional import geometry_arguments
-from binconv.torch.training import sign_conv2d
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 VALUES = (*FLOATS, torch.int8)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .autograd import sign_conv2d, wants_gradient
 from .binary_parameter import BinaryParameter
 from .estimators import Identity
 from .functional import FLOATS, check_device, check_tensor, geometry_arguments, pack_bits
-from .training import sign_conv2d, wants_gradient
 
 LEAST_SCALE = 2.0**-20
 IDENTITY = Identity()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .autograd import sign_conv2d, wants_gradient
 from .bit_tensor import BitTensor
-from .training import sign_conv2d, wants_gradient
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 VALUES = (*FLOATS, torch.int8)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .autograd import sign_conv2d, wants_gradient
 from .binary_parameter import BinaryParameter
 from .bit_tensor import BitTensor
 from .estimators import EDE, Estimator, Identity, estimator
@@ -19,7 +20,6 @@ from .functional import (
     geometry_arguments,
     prepare_weight,
 )
-from .training import sign_conv2d, wants_gradient
 
 IDENTITY = Identity()
 

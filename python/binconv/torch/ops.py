@@ -302,7 +302,7 @@ def _conv2d(
 ) -> Tensor:
     """Convolution of the signs of x and weight; `prepared`, if given, is made from this weight.
 
-    Carries no gradient: that is sign_conv2d's part (training.py).
+    Carries no gradient: that is sign_conv2d's part (autograd.py).
     """
     if prepared is None:
         prepared = _prepare_weight(_pack_bits(weight, 0.0, None), weight.shape[1], groups)
