@@ -92,7 +92,9 @@ class Contender:
 
     def loss(self) -> Tensor:
         """Forward, under autocast."""
-        with torch.autocast(self.settings.device, dtype=torch.bfloat16):
+        # Not on a CPU, where bfloat16 may be very slow.
+        enabled = self.settings.device == "cuda"
+        with torch.autocast(self.settings.device, dtype=torch.bfloat16, enabled=enabled):
             logits = self.model(self.images)
         return F.cross_entropy(logits.float(), self.labels)
 
