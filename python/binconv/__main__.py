@@ -1,4 +1,4 @@
-"""The command line of binconv: `python -m binconv info`, `demo` and `bench`."""
+"""The command line of binconv: `python -m binconv info`, `demo`, `train` and `bench`."""
 
 from __future__ import annotations
 
@@ -21,28 +21,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.command == "bench":
         return _bench(arguments)
-    return _demo(arguments)
+    return _train(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="binconv", description="Exact, fast binary (+1/-1) 2-D convolution."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{bench,demo,info}")
+    metavar = "{bench,demo,info,train}"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=metavar)
     commands.add_parser("info", help="show what this binconv was built with and can run on")
     text = "train a small binary network on handwritten digits and run it on packed bits"
     demo = commands.add_parser("demo", help=text, description=text.capitalize() + ".")
-    demo.add_argument("--device", help="cpu or cuda[:N] (default: a GPU if there is one)")
-    demo.add_argument("--seed", type=_whole_number(0), default=0, help="(default: 0)")
-    demo.add_argument("--epochs", type=_whole_number(1), default=6, help="(default: 6)")
+    _add_common(demo, epochs=6)
     demo.add_argument(
         "--output",
         type=Path,
         default=Path("binconv-demo.png"),
         help="the picture to write, a PNG file (default: binconv-demo.png)",
     )
+    _add_train(commands)
     _add_bench(commands)
     return parser
+
+
+def _add_train(commands: Any) -> None:
+    text = "train a binary residual network with checkpoints that a run can resume from"
+    train = commands.add_parser("train", help=text, description=text.capitalize() + ".")
+    _add_common(train, epochs=20)
+    train.add_argument("--batch", type=_whole_number(2), default=64, help="(default: 64)")
+    train.add_argument(
+        "--data",
+        default="digits",
+        help="a folder with images train/CLASS/* and test/CLASS/* (default: handwritten digits)",
+    )
+    train.add_argument(
+        "--output",
+        type=Path,
+        default=Path("binconv-train"),
+        help="the folder for checkpoint and learning curve (default: binconv-train)",
+    )
+    train.add_argument("--resume", action="store_true", help="go on from the checkpoint there")
 
 
 def _add_bench(commands: Any) -> None:
@@ -59,6 +78,13 @@ def _add_bench(commands: Any) -> None:
     bench.add_argument("--output", type=Path, metavar="PATH", help=text)
     text = "also write PATH_roofline.png and PATH_speedups.png"
     bench.add_argument("--plots", action="store_true", help=text)
+
+
+def _add_common(parser: argparse.ArgumentParser, epochs: int) -> None:
+    parser.add_argument("--device", help="cpu or cuda[:N] (default: a GPU if there is one)")
+    parser.add_argument("--seed", type=_whole_number(0), default=0, help="(default: 0)")
+    help_text = f"(default: {epochs})"
+    parser.add_argument("--epochs", type=_whole_number(1), default=epochs, help=help_text)
 
 
 def _whole_number(least: int) -> Callable[[str], int]:
@@ -94,15 +120,21 @@ def _torch_version() -> str:
         return "not installed"
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _train(arguments: argparse.Namespace) -> int:
+    command = arguments.command
     try:
-        from .torch import demo
+        from .torch import demo, train
     except ModuleNotFoundError as error:
-        return _missing("demo", error, "demo")
+        return _missing(command, error, "demo")
+    seed, epochs, output = arguments.seed, arguments.epochs, arguments.output
     try:
-        demo.run(arguments.device, arguments.seed, arguments.epochs, arguments.output)
+        if command == "demo":
+            demo.run(arguments.device, seed, epochs, output)
+        else:
+            settings = train.Settings(seed, epochs, arguments.batch, arguments.data)
+            train.run(arguments.device, settings, output, arguments.resume)
     except demo.DemoError as error:
-        return _fail("demo", str(error))
+        return _fail(command, str(error))
     return 0
 
 

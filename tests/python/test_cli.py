@@ -69,7 +69,7 @@ def test_a_command_is_required(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 2
-    assert "{bench,demo,info}" in capsys.readouterr().err
+    assert "{bench,demo,info,train}" in capsys.readouterr().err
 
 
 def test_demo_reports_and_writes_a_picture(demo, tmp_path, capsys):

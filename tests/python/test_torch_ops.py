@@ -15,6 +15,9 @@ from reference_torch import assert_gradient_is, factors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from binconv.torch import BitTensor, binary_conv2d, pack_bits, pack_weight, prepare_weight
+from binconv.torch.autograd import sign_conv2d
+from binconv.torch.estimators import estimator
+from binconv.torch.functional import geometry_arguments
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 VALUES = (*FLOATS, torch.int8)
@@ -1083,6 +1086,7 @@ def record_calls(device):
         binary_conv2d(x, prepared, out_dtype="bits", threshold=0.5)
         binary_conv2d(x, prepared, out_dtype="bits", threshold=bias)
         binary_conv2d(x, w, groups=2, **geometry)
+        binary_conv2d(x, w.clone().requires_grad_(), groups=2, **geometry)
         binary_conv2d(
             channels_last(x), w, bias, groups=2, scale=scale, residual=residual, padding=1
         )
@@ -1101,8 +1105,24 @@ def record_calls(device):
         for weight_scale in ("channel", "tensor", None):
             layer = BinaryConv2d(16, 6, 3, groups=2, weight_scale=weight_scale).to(device)
             layer.train()(x)
-            layer.eval()(x)
+            with torch.no_grad():
+                layer.eval()(x)
             layer(pack_bits(x))
+        trained_w = w.clone().requires_grad_()
+        for ste in ("clip", "approx_sign", "identity"):
+            for given in (x, channels_last(x).bfloat16()):
+                sign_conv2d(
+                    given,
+                    trained_w,
+                    geometry_arguments(1, 1, 1, (3, 3), 2, -1),
+                    given.dtype,
+                    shift=factors(g, 16).to(device),
+                    scale=scale,
+                    bias=bias,
+                    residual=residual,
+                    ste=estimator(ste),
+                    weight_ste=estimator(ste),
+                )
     return recorder.calls
 
 

@@ -7,6 +7,7 @@ speed.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -34,14 +35,25 @@ class DemoError(Exception):
     """What went wrong, in words for the user."""
 
 
-class SignConv2d(nn.Conv2d):
-    """BinaryConv2d without binconv: the signs as floats, multiplied one by one."""
+class SignConv2d(nn.Module):
+    """A BinaryConv2d without binconv: the signs as floats, multiplied one by one."""
+
+    def __init__(self, layer: BinaryConv2d) -> None:
+        super().__init__()
+        self.weight, self.bias, self.shift = layer.weight, layer.bias, layer.shift
+        self.scale = layer.weight.abs().mean((1, 2, 3)) if layer.scale is None else layer.scale
+        self.stride, self.padding = layer.stride, layer.padding
+        assert layer.weight_scale in ("channel", "learnable")
+        assert layer.padding_mode == "zeros"
+        assert layer.pad_value == 0
 
     def forward(self, x: Tensor) -> Tensor:
         """The convolution, in float64: exact by whatever algorithm PyTorch picks."""
+        if self.shift is not None:
+            x = x + self.shift.view(-1, 1, 1)
         sums = F.conv2d(_signs(x), _signs(self.weight), None, self.stride, self.padding)
-        scale = self.weight.abs().mean((1, 2, 3))
-        return sums.float() * scale.view(-1, 1, 1)
+        y = sums.float() * self.scale.view(-1, 1, 1)
+        return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
 
 def _signs(x: Tensor) -> Tensor:
@@ -51,9 +63,9 @@ def _signs(x: Tensor) -> Tensor:
 class BinaryBlock(nn.Module):
     """A binary convolution and a float shortcut, as in Bi-Real Net (Liu et al., 2018)."""
 
-    def __init__(self, conv: type[nn.Conv2d], stride: int) -> None:
+    def __init__(self, stride: int) -> None:
         super().__init__()
-        self.conv = conv(CHANNELS, CHANNELS, 3, stride, padding=1, bias=False)
+        self.conv = BinaryConv2d(CHANNELS, CHANNELS, 3, stride, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(CHANNELS)
         self.shortcut = nn.AvgPool2d(stride)
 
@@ -63,19 +75,16 @@ class BinaryBlock(nn.Module):
 
 
 class DigitsNet(nn.Module):
-    """8x8 images to 10 logits: a float stem, four binary blocks, a float classifier.
+    """8x8 images to 10 logits: a float stem, four binary blocks, a float classifier."""
 
-    conv: BinaryConv2d, or SignConv2d for a twin in plain PyTorch, which loads the same state_dict.
-    """
-
-    def __init__(self, conv: type[nn.Conv2d] = BinaryConv2d) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(1, CHANNELS, 3, padding=1, bias=False),
             nn.BatchNorm2d(CHANNELS),
             nn.Hardtanh(),
         )
-        self.blocks = nn.Sequential(*(BinaryBlock(conv, stride) for stride in (1, 2, 1, 1)))
+        self.blocks = nn.Sequential(*(BinaryBlock(stride) for stride in (1, 2, 1, 1)))
         self.classifier = nn.Sequential(
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, 10)
         )
@@ -181,16 +190,20 @@ def train(network: DigitsNet, data: Digits, epochs: int) -> None:
             progress.set_postfix(loss=f"{loss.item():.3f}")
 
 
-def plain_twin(network: DigitsNet) -> DigitsNet:
-    """The same weights in a network without binconv."""
-    twin = DigitsNet(SignConv2d).to(next(network.parameters()).device)
-    twin.load_state_dict(network.state_dict())
+def plain_twin(network: nn.Module) -> nn.Module:
+    """A copy of a network, in eval mode, without binconv."""
+    twin = copy.deepcopy(network)
+    for parent in list(twin.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, BinaryConv2d):
+                setattr(parent, name, SignConv2d(layer))
     return twin.eval()
 
 
-def check_twin(network: DigitsNet, twin: DigitsNet, images: Tensor) -> float:
+def check_twin(network: nn.Module, twin: nn.Module, images: Tensor) -> float:
     """The largest difference between their logits; DemoError if any prediction differs."""
-    logits, expected = network(images), twin(images)
+    pairs = [(network(batch), twin(batch)) for batch in images.split(BATCH)]
+    logits, expected = (torch.cat(side) for side in zip(*pairs, strict=True))
     difference = float((logits - expected).abs().max())
     differing = int((logits.argmax(1) != expected.argmax(1)).sum())
     if differing:
@@ -274,6 +287,11 @@ def save_picture(data: Digits, predictions: Tensor, output: Path) -> None:
             axes.set_title(str(predicted))
         else:
             axes.set_title(f"{predicted}, not {label}", color="crimson", weight="bold")
+    save_figure(figure, output)
+
+
+def save_figure(figure: Figure, output: Path) -> None:
+    """Writes a PNG file, and the folder for it."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, format="png", dpi=120)

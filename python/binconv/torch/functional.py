@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .autograd import sign_conv2d, wants_gradient
 from .bit_tensor import BitTensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -224,10 +225,9 @@ def _packed_operands(
 
 
 def _need_gradient(x: object, weight: object, epilogue: Epilogue) -> bool:
+    operands = (t if isinstance(t, Tensor) else None for t in (x, weight))
     factors = (epilogue.scale, epilogue.bias, epilogue.residual, *(epilogue.activation or ()))
-    return torch.is_grad_enabled() and any(
-        isinstance(operand, Tensor) and operand.requires_grad for operand in (x, weight, *factors)
-    )
+    return wants_gradient(*operands, *factors)
 
 
 def _convolution(
@@ -235,7 +235,7 @@ def _convolution(
 ) -> Convolution:
     """A convolution whose operator knows the gradients of everything that it is given."""
     if isinstance(x, Tensor) and isinstance(weight, Tensor):
-        return lambda *epilogue: torch.ops.binconv.conv2d(x, weight, None, *geometry, *epilogue)
+        return lambda *epilogue: _convolve_floats(x, weight, geometry, *epilogue)
     packed, prepared = _packed_operands(x, weight, torch.float32, geometry[3])
     operands = (packed, prepared.data, prepared.shape, *geometry)
 
@@ -251,6 +251,21 @@ def _convolution(
         return y
 
     return convolve
+
+
+def _convolve_floats(
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    if wants_gradient(x, weight, scale, bias, residual):
+        return sign_conv2d(x, weight, geometry, dtype, scale=scale, bias=bias, residual=residual)
+    y: Tensor = torch.ops.binconv.conv2d(x, weight, None, *geometry, scale, bias, residual, dtype)
+    return y
 
 
 def _in_steps(

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .autograd import sign_conv2d, wants_gradient
+from .binary_parameter import BinaryParameter
 from .bit_tensor import BitTensor
+from .estimators import EDE, Estimator, Identity, estimator
 from .functional import (
     FLOATS,
     Padding,
@@ -18,16 +21,19 @@ from .functional import (
     prepare_weight,
 )
 
+IDENTITY = Identity()
+
 
 class BinaryConv2d(nn.Conv2d):
     """A convolution of signs with a float weight to train.
 
-    y = conv2d(sign(x), sign(weight)) * scale + bias. Trains like nn.Conv2d, with gradients that
-    pass the signs by the clipped straight-through estimator (see `binary_conv2d`). In eval mode it
-    keeps its weight as prepared bits, made anew whenever the weight has changed: by an optimizer,
-    load_state_dict, an in-place edit, another parameter, another device. Only an edit through
-    `weight.data` is hidden from PyTorch; it counts from the next call of train() or eval() on.
-    Both modes compute the same numbers.
+    y = conv2d(sign(x + shift), sign(weight)) * scale + bias. Trains like nn.Conv2d, with gradients
+    that pass the signs by estimators (see `sign_conv2d`), keeping bits for backward where a float
+    convolution keeps x. In eval mode it keeps its weight as prepared bits, made anew whenever the
+    weight has changed: by an optimizer, load_state_dict, an in-place edit, another parameter,
+    another device. Only an edit through `weight.data` is hidden from PyTorch; it counts from the
+    next call of train() or eval() on; call one of them after fully_shard, too. Both modes compute
+    the same numbers.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as for
@@ -36,11 +42,19 @@ class BinaryConv2d(nn.Conv2d):
         device, dtype: as nn.Conv2d; float32, float16 or bfloat16.
         pad_value: what pixels outside the image count as: 0, 1 or -1.
         weight_scale: "channel" for one scale per output channel, mean(|weight|) over its filter, as
-            in XNOR-Net (Rastegari et al., 2016) and Bi-Real Net (Liu et al., 2018); "tensor" for
-            one over all filters; None for 1. No gradient flows through the scale.
+            in XNOR-Net (Rastegari et al., 2016), Bi-Real Net (Liu et al., 2018) and ReActNet (Liu
+            et al., 2020); "tensor" for one over all filters; no gradient flows through either.
+            "learnable" for a parameter `scale` (out_channels,), which starts as the former (Bulat
+            and Tzimiropoulos, 2019, XNOR-Net++). None for 1.
+        ste: the estimator for the signs of x: "clip" (|x| <= 1), "approx_sign", "ede",
+            "swish_sign", "identity" or an Estimator such as Clip(1.3).
+        weight_ste: the same for the signs of weight.
+        input_shift: whether there is a parameter `shift` (in_channels,), zero at first, added to x
+            before its sign is taken: ReActNet's RSign.
 
-    Input: (N, C, H, W) float32, float16 or bfloat16, or a BitTensor, which takes no gradient.
-    The output has x's dtype and memory format (float32 and channels_last for a BitTensor).
+    Input: (N, C, H, W) float32, float16 or bfloat16, or a BitTensor, which takes no gradient and
+    holds the signs of x + shift. The output has x's dtype and memory format (float32 and
+    channels_last for a BitTensor).
     """
 
     def __init__(
@@ -58,11 +72,15 @@ class BinaryConv2d(nn.Conv2d):
         dtype: torch.dtype | None = None,
         *,
         pad_value: int = 0,
-        weight_scale: Literal["channel", "tensor"] | None = "channel",
+        weight_scale: Literal["channel", "tensor", "learnable"] | None = "channel",
+        ste: str | Estimator = "clip",
+        weight_ste: str | Estimator = "clip",
+        input_shift: bool = False,
     ) -> None:
-        if weight_scale not in ("channel", "tensor", None):
+        if weight_scale not in ("channel", "tensor", "learnable", None):
             raise ValueError(
-                f"weight_scale: got {weight_scale!r}, expected 'channel', 'tensor' or None"
+                f"weight_scale: got {weight_scale!r}, expected 'channel', 'tensor', 'learnable' or "
+                "None"
             )
         super().__init__(
             in_channels,
@@ -84,41 +102,115 @@ class BinaryConv2d(nn.Conv2d):
             )
         self.pad_value = pad_value
         self.weight_scale = weight_scale
+        self.ste = estimator(ste, "ste")
+        self.weight_ste = estimator(weight_ste, "weight_ste")
         pads: Padding = padding if padding_mode == "zeros" else 0
         self._geometry = geometry_arguments(
             stride, pads, dilation, self.kernel_size, groups, pad_value
         )
+        like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
+        learns_scale = weight_scale == "learnable"
+        self.scale = nn.Parameter(torch.empty(out_channels, **like)) if learns_scale else None
+        self.shift = nn.Parameter(torch.empty(in_channels, **like)) if input_shift else None
+        self._reset_scale_and_shift()
+        self.progress: Tensor | None
+        self.register_buffer("progress", self._first_progress(), persistent=False)
+        self._allocate()
+
+    def _first_progress(self) -> Tensor | None:
+        both = self.ste, self.weight_ste
+        if not any(isinstance(chosen, EDE) for chosen in both):
+            return None
+        numbers = [chosen.parameter if isinstance(chosen, EDE) else 0.0 for chosen in both]
+        return torch.tensor(numbers, device=self.weight.device)
+
+    def reset_parameters(self) -> None:
+        """As nn.Conv2d; scale becomes mean(|weight|) of each filter, shift zero."""
+        super().reset_parameters()
+        if "scale" in self._parameters:  # Not yet while nn.Conv2d is being constructed.
+            self._reset_scale_and_shift()
+
+    def _reset_scale_and_shift(self) -> None:
+        with torch.no_grad():
+            if self.scale is not None:
+                self.scale.copy_(self.weight.abs().mean((1, 2, 3)))
+            if self.shift is not None:
+                self.shift.zero_()
+
+    def store_weight_as_int8(self) -> None:
+        """Makes weight a BinaryParameter of its signs; the outputs stay the same.
+
+        A scale computed from the float weight becomes a learnable one that starts there.
+        """
+        scale = self._new_scale()
+        if self.scale is None and scale is not None:
+            self.weight_scale = "learnable"
+            self.scale = nn.Parameter(scale.detach().to(self.weight.dtype))
+        self.weight = BinaryParameter(self.weight)
         self._allocate()
 
     def forward(self, x: Tensor | BitTensor) -> Tensor:
         """The convolution; see the class."""
         self._check_weight()
         self._check_input(x)
-        bias = None if self.bias is None else self.bias.float()
+        bias, shift = _float(self.bias), _float(self.shift)
         prepared, scale = self._kept_weight() if self._keeps_weight() else (None, self._new_scale())
         if isinstance(x, BitTensor):
-            return self._forward_bits(x, prepared, scale, bias)
+            return self._forward_bits(x.data, prepared, scale, bias, torch.float32, True)
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
-        out: Tensor = torch.ops.binconv.conv2d(
-            x, self.weight, prepared, *self._geometry, scale, bias, None, x.dtype
-        )
-        return out
+        leaf = self.weight.leaf if isinstance(self.weight, BinaryParameter) else None
+        if wants_gradient(x, self.weight, leaf, shift, scale, bias):
+            return sign_conv2d(
+                x,
+                self.weight,
+                self._geometry,
+                x.dtype,
+                leaf=leaf,
+                shift=shift,
+                scale=scale,
+                bias=bias,
+                prepared=prepared,
+                progress=_float(self.progress),
+                ste=self.ste,
+                weight_ste=self.weight_ste if leaf is None else IDENTITY,
+            )
+        packed = torch.ops.binconv.pack_bits(x, 0.0, None if shift is None else -shift)
+        return self._forward_bits(packed, prepared, scale, bias, x.dtype, ops.is_channels_last(x))
 
     def _forward_bits(
-        self, x: BitTensor, prepared: Tensor | None, scale: Tensor | None, bias: Tensor | None
+        self,
+        packed: Tensor,
+        prepared: Tensor | None,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        channels_last: bool,
     ) -> Tensor:
         if prepared is None:
             prepared = prepare_weight(self.weight.detach(), self.groups).data
-        shape, geometry = self.weight.shape, self._geometry
-        epilogue = (scale, bias, None, 0.0, None)
         out: Tensor = torch.ops.binconv.packed_conv2d(
-            x.data, prepared, shape, *geometry, *epilogue, torch.float32, channels_last=True
+            packed,
+            prepared,
+            self.weight.shape,
+            *self._geometry,
+            scale,
+            bias,
+            None,
+            threshold=0.0,
+            channel_threshold=None,
+            out_dtype=dtype,
+            channels_last=channels_last,
         )
         return out
 
     def _check_weight(self) -> None:
-        check_tensor("weight", self.weight, FLOATS, rank=4)
+        check_tensor("weight", self.weight, (*FLOATS, torch.int8), rank=4)
+        trains = self.weight.is_floating_point() or isinstance(self.weight, BinaryParameter)
+        if self.training and not trains:
+            raise ValueError(
+                "weight: got int8, expected floats or a BinaryParameter in training mode"
+            )
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
         if self.weight.shape != shape:
             raise ValueError(f"weight: got shape {tuple(self.weight.shape)}, expected {shape}")
@@ -137,10 +229,14 @@ class BinaryConv2d(nn.Conv2d):
                 f"x: got a BitTensor, expected floats for padding_mode {self.padding_mode!r}"
             )
 
+    def _scales(self) -> int:
+        """How many scales are computed from the weight."""
+        return {"channel": self.out_channels, "tensor": 1}.get(str(self.weight_scale), 0)
+
     def _new_scale(self) -> Tensor | None:
-        if self.weight_scale is None:
-            return None
-        rows = self.out_channels if self.weight_scale == "channel" else 1
+        rows = self._scales()
+        if not rows:
+            return _float(self.scale)
         scale: Tensor = torch.ops.binconv.abs_mean(self.weight.detach(), rows)
         return scale.expand(self.out_channels).contiguous()
 
@@ -161,23 +257,26 @@ class BinaryConv2d(nn.Conv2d):
                 self._scale,
                 self._stamp,
             )
-        return self._prepared, self._scale if self.weight_scale else None
+        return self._prepared, self._scale if self._scales() else _float(self.scale)
 
     def _allocate(self) -> None:
         # Not buffers: neither a state_dict nor a broadcast of buffers should see them.
         weight = self.weight
         self._prepared: Tensor | None = None
         self._kept_shape = weight.shape
-        if weight.is_meta:
+        # What fully_shard gathers for each call looks unchanged when it is not: keep nothing then.
+        if weight.is_meta or hasattr(weight, "placements"):
             return
         with torch.inference_mode(False):
             self._prepared = ops.new_prepared(weight.shape, self.groups, weight)
-            scales = self.out_channels if self.weight_scale else 0
+            scales = self.out_channels if self._scales() else 0
             self._scale = torch.empty(scales, device=weight.device)
             self._stamp = torch.empty(0, device="cpu")
 
     def _apply(self, fn: Any, recurse: bool = True) -> BinaryConv2d:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.weight.dtype == torch.int8 and not isinstance(self.weight, BinaryParameter):
+            self.weight = BinaryParameter(self.weight)  # Converting made it a plain parameter.
         self._allocate()
         return self
 
@@ -198,4 +297,55 @@ class BinaryConv2d(nn.Conv2d):
     def extra_repr(self) -> str:
         """The arguments, as in nn.Conv2d."""
         text = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{text}, pad_value={self.pad_value}, weight_scale={self.weight_scale!r}"
+        text = f"{text}, pad_value={self.pad_value}, weight_scale={self.weight_scale!r}"
+        text = f"{text}, ste={self.ste}, weight_ste={self.weight_ste}"
+        return text if self.shift is None else f"{text}, input_shift=True"
+
+
+class RPReLU(nn.Module):
+    """A PReLU with learnable shifts before and after it.
+
+    Liu et al., 2020, ReActNet, arXiv:2003.03488:
+    y = prelu(x - before) + after, that is slope * (x - before) + after below `before` and
+    x - before + after above, each with its own number for each channel.
+
+    Args:
+        channels: C, at least 1.
+        slope: the first value of every slope; the shifts start at zero.
+        device, dtype: of the parameters `before`, `slope` and `after`, (C,) each.
+
+    Input and output: (N, C, H, W).
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        slope: float = 0.25,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(channels, int) or channels < 1:
+            raise ValueError(f"channels: got {channels!r}, expected an int of at least 1")
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.before = nn.Parameter(torch.zeros(channels, **like))
+        self.slope = nn.Parameter(torch.full((channels,), slope, **like))
+        self.after = nn.Parameter(torch.zeros(channels, **like))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The activation; see the class."""
+        if x.dim() != 4 or x.shape[1] != len(self.slope):
+            channels = len(self.slope)
+            raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, {channels}, H, W)")
+        column = (-1, 1, 1)
+        shifted = x - self.before.to(x.dtype).view(column)
+        activated = nn.functional.prelu(shifted, self.slope.to(x.dtype))
+        return activated + self.after.to(x.dtype).view(column)
+
+    def extra_repr(self) -> str:
+        """The number of channels."""
+        return str(len(self.slope))
+
+
+def _float(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.float()

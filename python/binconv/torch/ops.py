@@ -341,7 +341,10 @@ def _conv2d(
     residual: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """Convolution of the signs of x and weight; `prepared`, if given, is made from this weight."""
+    """Convolution of the signs of x and weight; `prepared`, if given, is made from this weight.
+
+    Carries no gradient: that is sign_conv2d's part (autograd.py).
+    """
     if prepared is None:
         prepared = _prepare_weight(_pack_bits(weight, 0.0, None), weight.shape[1], groups)
     return _packed_conv2d(
@@ -375,76 +378,6 @@ def _fake_conv2d(
     *_, out_dtype = others
     sizes = out_sizes(x.shape[0], x.shape[2:], weight.shape, stride, padding, dilation)
     return _new_output(sizes, x, out_dtype, is_channels_last(x))
-
-
-def _save_for_conv2d_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, *geometry, scale, bias, residual, _ = inputs
-    ctx.save_for_backward(x, weight, scale, bias, residual)
-    ctx.geometry = geometry
-
-
-def _conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The clipped straight-through estimator (Hubara et al., 2016, Binarized Neural Networks).
-
-    d sign(v) / dv is taken as 1 for |v| <= 1 and as 0 elsewhere, for x and for weight; everything
-    else is the gradient of a convolution of the signs.
-    """
-    x, weight, scale, bias, residual = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    grad_x, grad_weight = _sign_gradients(grad, x, weight, scale, ctx.geometry, needs[:2])
-    acc = None
-    if needs[8]:
-        acc = torch.ops.binconv.conv2d(
-            x, weight, None, *ctx.geometry, None, None, None, torch.float32
-        )
-    return (
-        grad_x,
-        grad_weight,
-        *[None] * 6,
-        *_epilogue_gradients(grad, acc, bias if needs[9] else None, residual),
-        None,
-    )
-
-
-def _sign(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.where(x >= 0, 1.0, -1.0).to(dtype)
-
-
-def _sign_gradients(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    geometry: tuple[Any, ...],
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:
-    if not any(needs):
-        return None, None
-    stride, padding, dilation, groups, pad_value = geometry
-    top, left, bottom, right = padding
-    if scale is not None:
-        grad = grad * scale.to(grad.dtype).view(1, -1, 1, 1)
-    signs = _sign(x, grad.dtype)
-    signs = torch.nn.functional.pad(signs, (left, right, top, bottom), value=float(pad_value))
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad,
-        signs,
-        _sign(weight, grad.dtype),
-        None,
-        stride,
-        [0, 0],
-        dilation,
-        False,
-        [0, 0],
-        groups,
-        [*needs, False],
-    )
-    if needs[0]:
-        grad_x = grad_x[:, :, top : top + x.shape[2], left : left + x.shape[3]]
-        grad_x = (grad_x * (x.abs() <= 1)).to(x.dtype)
-    if needs[1]:
-        grad_weight = (grad_weight * (weight.abs() <= 1)).to(weight.dtype)
-    return grad_x, grad_weight
 
 
 def _epilogue_gradients(
@@ -498,11 +431,10 @@ for _name, _function, _fake in _OPERATORS:
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _function, _key)
     torch.library.register_fake(f"binconv::{_name}", _fake, lib=_library)
-for _name, _backward, _save in [
-    ("conv2d", _conv2d_backward, _save_for_conv2d_backward),
-    ("packed_conv2d", _packed_conv2d_backward, _save_for_packed_conv2d_backward),
-    ("packed_conv2d_with_bits", _packed_conv2d_backward, _save_for_packed_conv2d_backward),
-]:
+for _name in ("packed_conv2d", "packed_conv2d_with_bits"):
     torch.library.register_autograd(
-        f"binconv::{_name}", _backward, setup_context=_save, lib=_library
+        f"binconv::{_name}",
+        _packed_conv2d_backward,
+        setup_context=_save_for_packed_conv2d_backward,
+        lib=_library,
     )

@@ -1,0 +1,511 @@
+"""Training: estimators, scales and shifts against float64 autograd, and what backward keeps."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import reference_torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from binconv.torch import (
+    EDE,
+    ApproxSign,
+    BinaryConv2d,
+    Clip,
+    Identity,
+    RPReLU,
+    SwishSign,
+    binary_conv2d,
+    pack_bits,
+    set_progress,
+)
+
+FLOAT32_EPS = 2.0**-24
+
+# ------------------------------------------- the reference: functions whose derivatives the
+# estimators are, in float64, differentiated by autograd; the formulas are those of the papers.
+
+
+def clip_function(limit):
+    return lambda v: v.clamp(-limit, limit)
+
+
+def approx_sign_function(v):
+    inner = torch.where(v < 0, 2 * v + v * v, 2 * v - v * v)
+    return torch.where(v < -1, -torch.ones_like(v), torch.where(v < 1, inner, torch.ones_like(v)))
+
+
+def swish_sign_function(beta):
+    def function(v):
+        sigma = torch.sigmoid(beta * v)
+        return 2 * sigma * (1 + beta * v * (1 - sigma)) - 1
+
+    return function
+
+
+def ede_function(progress):
+    t = 10 ** (-1 + 2 * progress)
+    return lambda v: max(1 / t, 1) * torch.tanh(t * v)
+
+
+CASES = {
+    "clip": (Clip(), clip_function(1.0), 1.0),
+    "clip_0.6": (Clip(0.6), clip_function(0.6), 1.0),
+    "clip_1.3": (Clip(1.3), clip_function(1.3), 1.0),
+    "approx_sign": (ApproxSign(), approx_sign_function, 2.0),
+    "swish_sign": (SwishSign(), swish_sign_function(5.0), 5.0),
+    "swish_sign_2": (SwishSign(2.0), swish_sign_function(2.0), 2.0),
+    "ede_start": (EDE(), ede_function(0.0), 1.0),
+    "ede_0.7": (EDE(0.7), ede_function(0.7), 10**0.4),
+    "ede_end": (EDE(1.0), ede_function(1.0), 10.0),
+    "identity": (Identity(), lambda v: v, 1.0),
+}
+
+
+def reference_sign(v, function):
+    """The sign, with the derivative of `function`."""
+    surrogate = function(v)
+    return surrogate + (reference_torch.sign(v) - surrogate).detach()
+
+
+def reference_gradients(x, w, grad, of_x, of_w, shift=None, scale=None, bias=None, **geometry):
+    """Of x, w, shift, scale and bias, by autograd in float64; None where there is none."""
+    leaves = [
+        None if t is None else t.detach().cpu().double().requires_grad_()
+        for t in (x, w, shift, scale, bias)
+    ]
+    x, w, shift, scale, bias = leaves
+    column = (-1, 1, 1)
+    v = x if shift is None else x + shift.reshape(column)
+    y = reference_torch.conv2d_of_signs(
+        reference_sign(v, of_x), reference_sign(w, of_w), **geometry
+    )
+    if scale is not None:
+        y = y * scale.reshape(column)
+    if bias is not None:
+        y = y + bias.reshape(column)
+    wanted = [t for t in leaves if t is not None]
+    found = iter(torch.autograd.grad(y, wanted, grad.cpu().double()))
+    return [None if t is None else next(found) for t in leaves]
+
+
+def on_a_grid(g, *shape):
+    """Multiples of 1/8 up to 2.5: sums of two are exact, and no value is near a clip's end but on
+    it, where the derivative of the clip is 1."""
+    return torch.randint(-20, 21, shape, generator=g).float() / 8
+
+
+def make_layer(device, case, **options):
+    g = torch.Generator().manual_seed(7)
+    ste = CASES[case][0]
+    arguments = {"in_channels": 24, "out_channels": 6, "kernel_size": 3, "padding": 1} | options
+    layer = BinaryConv2d(**arguments, ste=ste, weight_ste=ste)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(on_a_grid(g, *parameter.shape))
+    x = on_a_grid(g, 2, arguments["in_channels"], 7, 6)
+    return layer.to(device), x.to(device)
+
+
+@pytest.mark.parametrize("input_shift", [False, True], ids=["plain", "shift"])
+@pytest.mark.parametrize("weight_scale", ["learnable", "channel", "tensor", None])
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_are_those_of_the_estimator(device, case, weight_scale, input_shift):
+    layer, x = make_layer(device, case, weight_scale=weight_scale, input_shift=input_shift)
+    x.requires_grad_()
+    y = layer(x)
+    grad = torch.randint(-3, 4, y.shape).float()
+    y.backward(grad.to(device))
+
+    magnitude = layer.weight.detach().abs()
+    scale = {
+        "learnable": layer.scale,
+        "channel": magnitude.mean((1, 2, 3)),
+        "tensor": magnitude.mean().expand(6),
+        None: None,
+    }[weight_scale]
+    _, function, peak = CASES[case]
+    inputs = (x, layer.weight, grad)
+    others = {"shift": layer.shift, "scale": scale, "bias": layer.bias, "padding": 1}
+    expected = reference_gradients(*inputs, function, function, **others)
+    # Unit derivatives, absolute values: how large each sum's terms are together.
+    sizes = reference_gradients(
+        x.detach().abs(),
+        layer.weight.detach().abs() + 1e-9,
+        grad.abs(),
+        lambda v: v,
+        lambda v: v,
+        **{**others, "shift": None, "scale": None if scale is None else scale.abs()},
+    )
+    got = [x.grad, layer.weight.grad, *(None if t is None else t.grad for t in (layer.shift,))]
+    coded = 0.0 if case.startswith(("clip", "identity")) else peak / 254
+    # Each term is rounded a few times, each sum as often as it has terms.
+    rounding = 16 * (x.numel() + y.numel()) * FLOAT32_EPS * peak
+    size_of_terms = sizes[0].max() if scale is None else sizes[0].max() * 1.01
+    for name, value, wanted, bound in zip(
+        ("x", "weight", "shift"),
+        got,
+        expected,
+        (
+            size_of_terms * (coded + rounding),
+            sizes[1].max() * rounding,
+            size_of_terms * (coded + rounding) * x[:, 0].numel(),
+        ),
+        strict=False,
+    ):
+        assert (value is None) == (wanted is None), name
+        if value is not None:
+            error = (value.cpu().double() - wanted).abs().max()
+            assert error <= bound, f"{name}: off by {error}, bound {bound}"
+    if weight_scale == "learnable":
+        error = (layer.scale.grad.cpu().double() - expected[3]).abs().max()
+        assert error <= sizes[1].sum() * rounding
+    else:
+        assert layer.scale is None
+    assert torch.equal(layer.bias.grad.cpu().double(), expected[4])
+
+
+@pytest.mark.parametrize("case", ["clip_0.6", "clip_1.3"])
+def test_a_clip_passes_its_ends_and_nothing_beyond(device, case):
+    limit = torch.tensor(CASES[case][0].limit)
+    inf = torch.tensor(torch.inf)
+    values = [limit, torch.nextafter(limit, inf), torch.nextafter(limit, -inf), inf]
+    values = torch.stack([*values, torch.tensor(torch.nan), torch.tensor(0.0)])
+    x = torch.cat((values, -values)).reshape(1, 12, 1, 1).to(device).requires_grad_()
+    layer = BinaryConv2d(12, 1, 1, ste=CASES[case][0], weight_scale=None, bias=False).to(device)
+    with torch.no_grad():
+        layer.weight.fill_(0.5)
+    layer(x).sum().backward()
+    assert x.grad.flatten().tolist() == [1.0, 0.0, 1.0, 0.0, 0.0, 1.0] * 2
+
+
+def test_estimators_take_separate_choices_for_input_and_weight(device):
+    layer, x = make_layer(device, "clip", weight_scale=None)
+    layer = BinaryConv2d(24, 6, 3, padding=1, weight_scale=None, ste="identity", weight_ste="clip")
+    layer.to(device)
+    with torch.no_grad():
+        layer.weight.copy_(on_a_grid(torch.Generator().manual_seed(1), *layer.weight.shape))
+    x.requires_grad_()
+    y = layer(x)
+    y.backward(torch.ones_like(y))
+    expected = reference_gradients(
+        x, layer.weight, torch.ones_like(y), lambda v: v, clip_function(1.0), padding=1
+    )
+    assert torch.equal(x.grad.cpu().double(), expected[0])
+    assert torch.equal(layer.weight.grad.cpu().double(), expected[1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_derivative_is_that_of_the_paper(case):
+    estimator, function, peak = CASES[case]
+    v = torch.linspace(-4, 4, 4001, dtype=torch.float64)
+    v = v[(v.abs() - 1).abs() > 1e-9].requires_grad_()
+    (expected,) = torch.autograd.grad(function(v).sum(), v)
+    difference = (estimator.derivative(v.detach()) - expected).abs()
+    assert difference.max() <= 1e-12 * peak
+    assert estimator.peak == pytest.approx(peak)
+    assert expected.abs().max() <= estimator.peak * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_derivative_is_finite_far_from_zero(case):
+    far = CASES[case][0].derivative(torch.tensor([-1e30, 1e30, -3e4, 3e4]))
+    assert torch.equal(far, torch.full((4,), 1.0 if case == "identity" else 0.0))
+
+
+def test_ede_follows_its_schedule():
+    """T_min = 0.1 and T_max = 10, exponentially in between (IR-Net)."""
+    for progress, t, k in ((0, 0.1, 10), (0.25, 10**-0.5, 10**0.5), (0.5, 1, 1), (1, 10, 1)):
+        at_zero = EDE(progress).derivative(torch.zeros(1, dtype=torch.float64))
+        assert at_zero.item() == pytest.approx(k * t)
+    model = nn.Sequential(BinaryConv2d(8, 8, 1, ste="ede"), BinaryConv2d(8, 8, 1, weight_ste="ede"))
+    set_progress(model, 0.75)
+    assert (model[0].ste, model[0].weight_ste) == (EDE(0.75), Clip())
+    assert (model[1].ste, model[1].weight_ste) == (Clip(), EDE(0.75))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: Clip(0), "limit: got 0"),
+        (lambda: Clip(float("inf")), "limit: got inf"),
+        (lambda: Clip("1"), "limit: got '1'"),
+        (lambda: SwishSign(-1.0), "beta: got -1.0"),
+        (lambda: EDE(1.5), "progress: got 1.5"),
+        (lambda: set_progress(nn.Identity(), -0.1), "progress: got -0.1"),
+        (lambda: BinaryConv2d(8, 8, 1, ste="tanh"), "ste: got 'tanh'"),
+        (lambda: BinaryConv2d(8, 8, 1, weight_ste=None), "weight_ste: got None"),
+        (lambda: RPReLU(0), "channels: got 0"),
+        (lambda: RPReLU(4)(torch.ones(2, 3, 5, 5)), r"x: got shape \(2, 3, 5, 5\)"),
+    ],
+)
+def test_bad_values_are_refused_by_name(call, words):
+    with pytest.raises(ValueError, match=f"{words}.*expected"):
+        call()
+
+
+# --------------------------------------------------------------------------- shift, scale, RPReLU
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_the_shift_is_added_before_the_sign(device, training):
+    layer, x = make_layer(device, "clip", input_shift=True, weight_scale=None, bias=False)
+    layer.train(training)
+    shifted = x + layer.shift.detach().view(-1, 1, 1)
+    expected = reference_torch.conv2d(shifted, layer.weight, padding=1)
+    assert torch.equal(layer(x).detach().cpu().double(), expected)
+    with torch.no_grad():
+        assert torch.equal(layer(x).cpu().double(), expected)
+    if not training:
+        assert torch.equal(layer(pack_bits(shifted)).detach().cpu().double(), expected)
+
+
+def test_a_learnable_scale_starts_as_the_mean_magnitude():
+    layer = BinaryConv2d(16, 6, 3, weight_scale="learnable", input_shift=True)
+    for _ in range(2):
+        assert torch.equal(layer.scale, layer.weight.abs().mean((1, 2, 3)))
+        assert torch.equal(layer.shift, torch.zeros(16))
+        layer.reset_parameters()
+    assert set(layer.state_dict()) == {"weight", "bias", "scale", "shift"}
+
+
+def test_rprelu_is_a_shifted_prelu():
+    torch.manual_seed(0)
+    layer = RPReLU(5).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(5))
+    x = torch.randn(2, 5, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+    column = (-1, 1, 1)
+    before, slope, after = (p.detach().view(column) for p in layer.parameters())
+    below = slope * (x - before) + after
+    above = x - before + after
+    assert torch.equal(layer(x), torch.where(x > before, above, below))
+
+
+# ----------------------------------------------------------------------------------------- memory
+
+
+def bytes_kept(function, *ignored):
+    """Bytes of the distinct tensors that autograd keeps while the function runs."""
+    storages = {}
+
+    def pack(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function()
+    for tensor in ignored:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    del result
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    ("ste", "bits"),
+    [("clip", 2), (Clip(1.3), 2), ("identity", 1), ("approx_sign", 9), ("ede", 9)],
+    ids=str,
+)
+@pytest.mark.parametrize("channels", [16, 64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_keeps_bits(device, dtype, channels, ste, bits):
+    layer = BinaryConv2d(channels, 8, 3, padding=1, ste=ste, input_shift=True, dtype=dtype)
+    layer.to(device)
+    x = torch.randn(2, channels, 14, 14, device=device, dtype=dtype, requires_grad=True)
+    small = 4 * 8 + 4 * channels  # Scale, bias and shift, in float32.
+    kept = bytes_kept(lambda: layer(x), layer.weight)
+    assert kept <= x.numel() * bits / 8 + 3 * small
+    plain = bytes_kept(
+        lambda: F.conv2d(torch.where(x >= 0, 1.0, -1.0).to(dtype), layer.weight), layer.weight
+    )
+    assert plain >= x.numel() * x.element_size()
+
+
+def test_the_function_keeps_bits(device):
+    x = torch.randn(2, 64, 14, 14, device=device, requires_grad=True)
+    w = torch.randn(8, 64, 3, 3, device=device, requires_grad=True)
+    residual = torch.randn(2, 8, 12, 12, device=device, requires_grad=True)
+    kept = bytes_kept(lambda: binary_conv2d(x, w, residual=residual), w)
+    assert kept == x.numel() * 2 // 8
+
+
+# ----------------------------------------------------------------------- what else it works with
+
+
+def network(device, **options):
+    torch.manual_seed(3)
+    layers = [
+        nn.Conv2d(3, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        BinaryConv2d(16, 16, 3, padding=1, bias=False, **options),
+        RPReLU(16),
+        nn.BatchNorm2d(16),
+        BinaryConv2d(16, 8, 3, stride=2, padding=1, bias=False, **options),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    ]
+    return nn.Sequential(*layers).to(device)
+
+
+def gradients_of(model, x):
+    model.zero_grad()
+    leaf = x.clone().requires_grad_()
+    y = model(leaf)
+    y.square().sum().backward()
+    return [y.detach(), leaf.grad, *(p.grad.clone() for p in model.parameters())]
+
+
+def assert_same(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+REACT = {"ste": "approx_sign", "weight_scale": "learnable", "input_shift": True}
+
+
+@pytest.mark.parametrize("options", [{}, REACT, {"ste": "ede", "weight_ste": "ede"}], ids=str)
+def test_compiled_fullgraph_forward_and_backward(device, options):
+    model, x = network(device, **options), torch.randn(4, 3, 8, 8, device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for got, eager in zip(gradients_of(compiled, x), gradients_of(model, x), strict=True):
+        torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-6)
+
+
+def test_a_moving_ede_schedule_stays_compiled(device):
+    model = BinaryConv2d(16, 8, 3, ste="ede", weight_ste="ede").to(device)
+    x = torch.randn(2, 16, 6, 6, device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for epoch in range(20):  # More often than the compiler would compile anew.
+        set_progress(model, epoch / 20)
+        assert_same(gradients_of(compiled, x), gradients_of(model, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_and_grad_scaler(device, dtype):
+    model, x = network(device, **REACT), torch.randn(8, 3, 8, 8, device=device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        with torch.autocast(device, dtype=dtype):
+            y = model(x)
+            loss = F.cross_entropy(y.float(), torch.arange(8, device=device))
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        losses.append(loss.item())
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(device, use_reentrant):
+    model, x = network(device, **REACT), torch.randn(4, 3, 8, 8, device=device)
+
+    class Checkpointed(nn.Module):
+        def forward(self, x):
+            return checkpoint(model, x, use_reentrant=use_reentrant)
+
+    assert_same(gradients_of_all(Checkpointed(), model, x), gradients_of(model, x))
+
+
+def gradients_of_all(wrapper, model, x):
+    model.zero_grad()
+    leaf = x.clone().requires_grad_()
+    y = wrapper(leaf)
+    y.square().sum().backward()
+    return [y.detach(), leaf.grad, *(p.grad.clone() for p in model.parameters())]
+
+
+def test_channels_last_gives_the_same_gradients(device):
+    layer, x = make_layer(device, "approx_sign", weight_scale=None, bias=False)
+    plain = gradients_of(layer, x)
+    last = gradients_of(layer, x.contiguous(memory_format=torch.channels_last))
+    for got, expected in zip(last, plain, strict=True):
+        reference_torch.assert_gradient_is(got, expected.cpu().double())
+    assert last[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_layer_may_be_used_twice(device):
+    torch.manual_seed(0)
+    layer = BinaryConv2d(8, 8, 3, padding=1, weight_scale=None, bias=False).to(device)
+    x = torch.randn(2, 8, 6, 6, device=device, requires_grad=True)
+    hidden = layer(x)
+    y = layer(hidden / 64)
+    y.sum().backward()
+    grad = torch.ones_like(y)
+    second = reference_torch.gradients(hidden / 64, layer.weight, grad, padding=1)
+    first = reference_torch.gradients(x, layer.weight, second[0] / 64, padding=1)
+    reference_torch.assert_gradient_is(x.grad, first[0])
+    reference_torch.assert_gradient_is(layer.weight.grad, first[1] + second[1])
+
+
+def test_copies_and_pickles_keep_estimators_scale_and_shift(device):
+    layer, x = make_layer(device, "ede_0.7", weight_scale="learnable", input_shift=True)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for twin in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert (twin.ste, twin.weight_ste) == (EDE(0.7), EDE(0.7))
+        assert_same(gradients_of(twin, x), gradients_of(layer, x))
+
+
+def test_meta_device_gives_the_right_forms():
+    layer = BinaryConv2d(
+        16, 6, 3, device="meta", ste="approx_sign", input_shift=True, weight_scale="learnable"
+    )
+    x = torch.empty(2, 16, 7, 6, device="meta", requires_grad=True)
+    layer(x).sum().backward()
+    for tensor in (x, *layer.parameters()):
+        assert tensor.grad.shape == tensor.shape
+
+
+@pytest.mark.parametrize("options", [{}, REACT], ids=["plain", "react"])
+def test_export_of_the_eval_model(device, options):
+    model, x = network(device, **options).eval(), torch.randn(4, 3, 8, 8, device=device)
+    with torch.no_grad():
+        expected = model(x)
+        program = torch.export.export(model, (x,))
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        buffer.seek(0)
+        loaded = torch.export.load(buffer).module()
+        assert torch.equal(loaded(x), expected)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_of_a_training_step():
+    model = network("cuda", **REACT)
+    x = torch.randn(4, 3, 8, 8, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            model.zero_grad()
+            model(x).square().sum().backward()
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = model(x)
+        y.square().sum().backward()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    captured = [y.clone(), *(p.grad.clone() for p in model.parameters())]
+    model.zero_grad(set_to_none=True)
+    y = model(x)
+    y.square().sum().backward()
+    for got, eager in zip(captured, [y, *(p.grad for p in model.parameters())], strict=True):
+        torch.testing.assert_close(got, eager, rtol=1e-4, atol=1e-4)
