@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_conv2d.py [--output benchmarks/results/NAME]
 
-Layers: the stride-1 3x3 rows of bireal18 in suite.json, batch 8. binconv goes from packed input to
+Layers: the stride-1 3x3 rows of bireal18, batch 8. binconv goes from packed input to
 float32 NHWC output, once for every kernel that this CPU can run; torch gets its better memory
 format. The contenders take turns, so that a change of clock or load hits all of them; times are
 medians, and the ratio is what counts.
@@ -24,47 +24,40 @@ from typing import Any
 import torch
 
 import binconv
+from binconv.torch.bench.suite import Layer, layers
 
 BATCH = 8
 HERE = Path(__file__).parent
 
 
-def layers() -> list[dict[str, Any]]:
-    """The rows to measure."""
-    rows = json.loads((HERE / "suite.json").read_text())["bireal18"]
-    return [row for row in rows if row["kernel"] == 3 and row["stride"] == 1]
-
-
-def binconv_call(row: dict[str, Any], kernel: str, threads: int) -> Callable[[], None]:
+def binconv_call(layer: Layer, kernel: str, threads: int) -> Callable[[], None]:
     """A convolution of random bits with everything prepared."""
-    size, kernel_size = row["in_size"], row["kernel"]
-    weight = binconv.WeightShape(row["c_out"], row["c_in"], kernel_size, kernel_size)
-    pads = (row["pad"],) * 4
-    shape = binconv.Conv2dShape(BATCH, size, size, weight, padding=pads)
-    x = torch.randn(BATCH, row["c_in"], size, size)
-    w = torch.randn(row["c_out"], row["c_in"], kernel_size, kernel_size)
+    shape = layer.shape()
+    x = torch.randn(BATCH, layer.c_in, layer.in_size, layer.in_size)
+    w = torch.randn(layer.c_out, layer.c_in, layer.kernel, layer.kernel)
     packed = [
         torch.empty(v.shape[0], *v.shape[2:], binconv.packed_bytes(v.shape[1]), dtype=torch.uint8)
         for v in (x, w)
     ]
     for values, bits in zip((x, w), packed, strict=True):
         binconv.pack_bits(values, bits)
-    prepared = torch.empty(binconv.prepared_weight_bytes(weight, kernel=kernel), dtype=torch.uint8)
-    binconv.prepare_weight(weight, packed[1], prepared, kernel=kernel)
+    size = binconv.prepared_weight_bytes(shape.weight, kernel=kernel)
+    prepared = torch.empty(size, dtype=torch.uint8)
+    binconv.prepare_weight(shape.weight, packed[1], prepared, kernel=kernel)
     scratch = binconv.workspace_bytes(shape, threads=threads, kernel=kernel)
     workspace = torch.empty(scratch, dtype=torch.uint8)
-    out = torch.empty(BATCH, shape.out_height, shape.out_width, row["c_out"])
+    out = torch.empty(BATCH, shape.out_height, shape.out_width, layer.c_out)
     return lambda: binconv.binary_conv2d(
         shape, packed[0], prepared, out, workspace=workspace, threads=threads, kernel=kernel
     )
 
 
-def torch_call(row: dict[str, Any], memory_format: torch.memory_format) -> Callable[[], None]:
+def torch_call(layer: Layer, memory_format: torch.memory_format) -> Callable[[], None]:
     """The float32 convolution of the same sizes."""
-    size = row["in_size"]
-    x = torch.randn(BATCH, row["c_in"], size, size).to(memory_format=memory_format)
-    w = torch.randn(row["c_out"], row["c_in"], 3, 3).to(memory_format=memory_format)
-    return lambda: torch.nn.functional.conv2d(x, w, padding=row["pad"])
+    x = torch.randn(BATCH, layer.c_in, layer.in_size, layer.in_size)
+    w = torch.randn(layer.c_out, layer.c_in, 3, 3).to(memory_format=memory_format)
+    x = x.to(memory_format=memory_format)
+    return lambda: torch.nn.functional.conv2d(x, w, padding=layer.pad)
 
 
 def medians(calls: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
@@ -83,23 +76,23 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     """One result for each layer and kernel."""
     threads = torch.get_num_threads()
     results = []
-    for row in layers():
+    for layer in layers("^bireal18/", [BATCH]):
+        if layer.kernel != 3 or layer.stride != 1:
+            continue
         kernels = binconv.available_kernels()
-        calls = {name: binconv_call(row, name, threads) for name in kernels}
-        calls["torch contiguous"] = torch_call(row, torch.contiguous_format)
-        calls["torch channels_last"] = torch_call(row, torch.channels_last)
+        calls = {name: binconv_call(layer, name, threads) for name in kernels}
+        calls["torch contiguous"] = torch_call(layer, torch.contiguous_format)
+        calls["torch channels_last"] = torch_call(layer, torch.channels_last)
         with torch.no_grad():
             seconds = medians(calls, rounds)
         reference = min(seconds["torch contiguous"], seconds["torch channels_last"])
-        pixels = BATCH * row["in_size"] ** 2
-        operations = 2 * pixels * row["c_in"] * row["c_out"] * row["kernel"] ** 2
         for name in kernels:
             results.append(
                 {
-                    "layer": row["name"],
+                    "layer": layer.name,
                     "kernel": name,
                     "ms": seconds[name] * 1e3,
-                    "tops": operations / seconds[name] / 1e12,
+                    "tops": layer.operations / seconds[name] / 1e12,
                     "torch_ms": reference * 1e3,
                     "speedup": reference / seconds[name],
                 }

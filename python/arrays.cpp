@@ -33,6 +33,15 @@ DataType type_of(const char* name, nb::dlpack::dtype dtype) {
        " bits, expected float32, float16, bfloat16, int8, int32 or uint8");
 }
 
+// One byte per flag; zero is false.
+DataType flag_type_of(const char* name, nb::dlpack::dtype dtype) {
+  const bool is_bool = dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bool);
+  if (is_bool && dtype.bits == 8 && dtype.lanes == 1) return DataType::kBits;
+  const DataType type = type_of(name, dtype);
+  if (type != DataType::kBits) fail(name, ": got ", type_name(type), ", expected uint8 or bool");
+  return type;
+}
+
 Device device_of(const char* name, int kind, int ordinal) {
   if (kind == nb::device::cpu::value || kind == nb::device::cuda_host::value) return {};
   if (kind == nb::device::cuda::value || kind == nb::device::cuda_managed::value) return {ordinal};
@@ -47,7 +56,8 @@ std::string shape_string(const std::vector<int64_t>& shape) {
 }
 
 template <class Import>
-Array import_array(const char* name, nb::handle object, const char* expected) {
+Array import_array(const char* name, nb::handle object, const char* expected,
+                   DataType (*type)(const char*, nb::dlpack::dtype) = type_of) {
   Import import;
   if (!nb::try_cast(object, import, /*convert=*/false)) {
     throw_type_error(name, object, expected);
@@ -55,7 +65,7 @@ Array import_array(const char* name, nb::handle object, const char* expected) {
   Array array;
   array.name = name;
   array.data = const_cast<void*>(static_cast<const void*>(import.data()));
-  array.type = type_of(name, import.dtype());
+  array.type = type(name, import.dtype());
   array.device = device_of(name, import.device_type(), import.device_id());
   for (size_t i = 0; i < import.ndim(); ++i)
     array.shape.push_back(static_cast<int64_t>(import.shape(i)));
@@ -141,6 +151,14 @@ std::optional<Array> read_channels(const char* name, nb::handle object, int64_t 
     array->expect_type(DataType::kFloat32);
     array->expect_shape({channels});
   }
+  return array;
+}
+
+std::optional<Array> read_flags(const char* name, nb::handle object, int64_t channels) {
+  if (object.is_none()) return std::nullopt;
+  Array array = import_array<nb::ndarray<nb::ro>>(name, object, "an array that DLPack can export",
+                                                  flag_type_of);
+  array.expect_shape({channels});
   return array;
 }
 

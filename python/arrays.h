@@ -66,6 +66,9 @@ std::optional<Array> read_optional(const char* name, nb::handle object);
 // A float32 vector of one value per channel, or nothing for None.
 std::optional<Array> read_channels(const char* name, nb::handle object, int64_t channels);
 
+// A vector of one uint8 or bool per channel, or nothing for None.
+std::optional<Array> read_flags(const char* name, nb::handle object, int64_t channels);
+
 // The queue for a call on `first` and `others`, which must share its device.
 Queue queue_for(const Array& first, std::initializer_list<const Array*> others,
                 std::optional<uintptr_t> stream, std::optional<int> threads,

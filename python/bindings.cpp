@@ -69,6 +69,26 @@ struct ThresholdArgument {
   std::optional<Array> array;
 };
 
+// An activation is None or its three parts, each None or one number per channel.
+struct ActivationArgument {
+  ActivationArgument(nb::handle object, int64_t channels) {
+    if (object.is_none()) return;
+    if (!nb::isinstance<nb::tuple>(object)) {
+      throw_type_error("activation", object, "None or a tuple (in_shift, slope, out_shift)");
+    }
+    const nb::tuple parts = nb::borrow<nb::tuple>(object);
+    if (parts.size() != 3) {
+      fail("activation: got ", parts.size(), " parts, expected (in_shift, slope, out_shift)");
+    }
+    in_shift = read_channels("in_shift", parts[0], channels);
+    slope = read_channels("slope", parts[1], channels);
+    out_shift = read_channels("out_shift", parts[2], channels);
+    activation = {true, floats(in_shift), floats(slope), floats(out_shift)};
+  }
+  Activation activation;
+  std::optional<Array> in_shift, slope, out_shift;
+};
+
 constexpr auto kFloatTypes = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16};
 constexpr auto kValueTypes = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16,
                               DataType::kInt8};
@@ -111,32 +131,46 @@ void prepare(const WeightShape& shape, nb::handle packed_object, nb::handle out_
   prepare_weight(shape, packed.data, out.data, queue);
 }
 
-// The optional operands of a convolution's epilogue.
-struct EpilogueArguments {
-  EpilogueArguments(int64_t channels, nb::handle scale_object, nb::handle bias_object,
-                    nb::handle residual_object, nb::handle threshold_object)
-      : scale(read_channels("scale", scale_object, channels)),
-        bias(read_channels("bias", bias_object, channels)),
-        residual(read_optional("residual", residual_object)),
-        threshold(threshold_object, channels),
-        has_threshold(!threshold_object.is_none()) {}
+// The options of a convolution's epilogue, as Python gives them.
+struct EpilogueObjects {
+  bool clamp;
+  nb::handle scale, bias, residual, activation, threshold, threshold_below, bits;
+};
 
-  // The epilogue that writes `out`, once that and the residual are found to have the right form.
+struct EpilogueArguments {
+  EpilogueArguments(int64_t channels, const EpilogueObjects& objects)
+      : clamp(objects.clamp),
+        scale(read_channels("scale", objects.scale, channels)),
+        bias(read_channels("bias", objects.bias, channels)),
+        residual(read_optional("residual", objects.residual)),
+        activation(objects.activation, channels),
+        threshold(objects.threshold, channels),
+        has_threshold(!objects.threshold.is_none()),
+        threshold_below(read_flags("threshold_below", objects.threshold_below, channels)) {
+    if (!objects.bits.is_none()) bits = write("bits", objects.bits);
+  }
+
+  // The epilogue that writes `out`, once all arrays of the output's sizes have the right form.
   Epilogue to(const Array& out, Layout layout, const ImageShape& image) const {
-    const bool bits = out.type == DataType::kBits;
-    if (bits) layout = Layout::kNHWC;
+    const bool to_bits = out.type == DataType::kBits;
+    if (to_bits) layout = Layout::kNHWC;
     const auto dense = dense_shape(image, layout);
     out.expect_type(kOutTypes);
-    if (bits) {
+    if (to_bits) {
       out.expect_packed(packed_shape(image));
     } else {
       out.expect_shape(dense);
-      if (has_threshold) {
-        fail("threshold: got one for an out of ", type_name(out.type), ", expected it for uint8");
-      }
     }
-    Epilogue epilogue{out.type, layout, floats(scale), floats(bias)};
+    check_bits(out.type, image);
+    Epilogue epilogue{.out_type = out.type, .out_layout = layout, .clamp = clamp};
+    epilogue.scale = floats(scale);
+    epilogue.bias = floats(bias);
+    epilogue.activation = activation.activation;
     epilogue.threshold = threshold.threshold;
+    if (threshold_below) {
+      epilogue.threshold_below = static_cast<const uint8_t*>(threshold_below->data);
+    }
+    if (bits) epilogue.bits = bits->data;
     if (residual) {
       residual->expect_type(kFloatTypes);
       residual->expect_shape(dense);
@@ -146,28 +180,55 @@ struct EpilogueArguments {
     return epilogue;
   }
 
+  bool clamp;
   std::optional<Array> scale, bias, residual;
+  ActivationArgument activation;
   ThresholdArgument threshold;
   bool has_threshold;
+  std::optional<Array> threshold_below, bits;
+
+ private:
+  void check_bits(DataType out_type, const ImageShape& image) const {
+    if (bits) {
+      if (out_type == DataType::kBits || out_type == DataType::kInt32) {
+        fail("bits: got an array beside an out of ", type_name(out_type),
+             ", expected it beside float32, float16 or bfloat16");
+      }
+      return bits->expect_packed(packed_shape(image));
+    }
+    if (out_type == DataType::kBits) return;
+    for (const auto& [name, given] : {std::pair{"threshold", has_threshold},
+                                      {"threshold_below", threshold_below.has_value()}}) {
+      if (given) {
+        fail(name, ": got one for an out of ", type_name(out_type),
+             ", expected it for uint8 or with bits");
+      }
+    }
+  }
 };
 
 void conv2d(const Conv2dShape& shape, nb::handle input_object, nb::handle prepared_object,
-            nb::handle out_object, const std::string& layout_name, nb::handle scale_object,
-            nb::handle bias_object, nb::handle residual_object, nb::handle threshold_object,
-            nb::handle workspace_object, OptionalStream stream, OptionalThreads threads,
-            const OptionalKernel& kernel) {
+            nb::handle out_object, const std::string& layout_name, bool clamp,
+            nb::handle scale_object, nb::handle bias_object, nb::handle residual_object,
+            nb::handle activation_object, nb::handle threshold_object,
+            nb::handle threshold_below_object, nb::handle bits_object, nb::handle workspace_object,
+            OptionalStream stream, OptionalThreads threads, const OptionalKernel& kernel) {
   const WeightShape& weight = shape.weight;
   const Array input = read("input", input_object), out = write("out", out_object);
   const Array prepared = read("prepared_weight", prepared_object);
-  const EpilogueArguments arguments(weight.out_channels, scale_object, bias_object, residual_object,
-                                    threshold_object);
+  const EpilogueArguments arguments(
+      weight.out_channels, {clamp, scale_object, bias_object, residual_object, activation_object,
+                            threshold_object, threshold_below_object, bits_object});
   std::optional<Array> workspace;
   if (!workspace_object.is_none()) workspace = write("workspace", workspace_object);
-  const Queue queue = queue_for(
-      input,
-      {&prepared, &out, pointer(arguments.scale), pointer(arguments.bias),
-       pointer(arguments.threshold.array), pointer(arguments.residual), pointer(workspace)},
-      stream, threads, c_str(kernel));
+  const Queue queue =
+      queue_for(input,
+                {&prepared, &out, pointer(arguments.scale), pointer(arguments.bias),
+                 pointer(arguments.activation.in_shift), pointer(arguments.activation.slope),
+                 pointer(arguments.activation.out_shift), pointer(arguments.threshold.array),
+                 pointer(arguments.threshold_below), pointer(arguments.residual),
+                 pointer(arguments.bits), pointer(workspace)},
+                stream, threads, c_str(kernel));
 
   const int64_t scratch = workspace_bytes(shape, queue);  // Also checks the shape.
   if (workspace) {
@@ -335,10 +396,11 @@ NB_MODULE(_binconv, m) {
   m.def("prepare_weight", prepare, "shape"_a, "packed"_a.none(), "out"_a.none(), nb::kw_only(),
         "stream"_a = nb::none(), "threads"_a = nb::none(), "kernel"_a = nb::none());
   m.def("binary_conv2d", conv2d, "shape"_a, "input"_a.none(), "prepared_weight"_a.none(),
-        "out"_a.none(), nb::kw_only(), "layout"_a = "nhwc", "scale"_a = nb::none(),
-        "bias"_a = nb::none(), "residual"_a = nb::none(), "threshold"_a = nb::none(),
-        "workspace"_a = nb::none(), "stream"_a = nb::none(), "threads"_a = nb::none(),
-        "kernel"_a = nb::none());
+        "out"_a.none(), nb::kw_only(), "layout"_a = "nhwc", "clamp"_a = false,
+        "scale"_a = nb::none(), "bias"_a = nb::none(), "residual"_a = nb::none(),
+        "activation"_a = nb::none(), "threshold"_a = nb::none(), "threshold_below"_a = nb::none(),
+        "bits"_a = nb::none(), "workspace"_a = nb::none(), "stream"_a = nb::none(),
+        "threads"_a = nb::none(), "kernel"_a = nb::none());
   m.def("abs_mean", mean, "x"_a.none(), "out"_a.none(), nb::kw_only(), "stream"_a = nb::none(),
         "threads"_a = nb::none());
   m.def("scale_channels", scale, "x"_a.none(), "scale"_a.none(), "out"_a.none(), nb::kw_only(),

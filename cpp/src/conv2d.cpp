@@ -1,6 +1,7 @@
 #include "binconv/conv2d.h"
 
 #include <limits>
+#include <utility>
 
 #include "check.h"
 #include "kernel_table.h"
@@ -17,7 +18,38 @@ int64_t out_extent(int64_t in, int64_t pad_before, int64_t pad_after, int64_t di
   return room < 0 || stride == 0 ? 0 : room / stride + 1;
 }
 
-void check_epilogue(const Epilogue& epilogue) {
+void check_optional(const char* name, const float* pointer) {
+  if (pointer) check_pointer(name, pointer, sizeof(float));
+}
+
+void check_activation(const Activation& activation) {
+  for (const auto& [name, pointer] : {std::pair{"in_shift", activation.in_shift},
+                                      {"slope", activation.slope},
+                                      {"out_shift", activation.out_shift}}) {
+    require(activation.enabled || !pointer, name,
+            ": got a pointer for no activation, expected null or activation.enabled");
+    check_optional(name, pointer);
+  }
+}
+
+// What says which bits are written, and where beside values. Those of an empty batch may lie
+// nowhere: then null does not tell that none are asked for.
+void check_bits(const Epilogue& epilogue, int64_t batch) {
+  if (epilogue.out_type == DataType::kBits) {
+    require(epilogue.out_layout == Layout::kNHWC, "out_layout: got kNCHW for bits, expected kNHWC");
+    require(!epilogue.bits, "bits: got a pointer beside an output of bits, expected null");
+  } else if (!epilogue.bits && batch > 0) {
+    const char* type = to_string(epilogue.out_type);
+    require(!epilogue.threshold.per_channel, "threshold: got thresholds for an output of ", type,
+            ", expected them for bits only");
+    require(!epilogue.threshold_below, "threshold_below: got directions for an output of ", type,
+            ", expected them for bits only");
+  }
+  check_optional("threshold", epilogue.threshold.per_channel);
+  if (epilogue.bits) check_pointer("bits", epilogue.bits, kPackedAlignment);
+}
+
+void check_epilogue(const Epilogue& epilogue, int64_t batch) {
   check_type("out_type", epilogue.out_type,
              {DataType::kInt32, DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16,
               DataType::kBits});
@@ -26,24 +58,18 @@ void check_epilogue(const Epilogue& epilogue) {
     require(!epilogue.scale, "scale: got a scale for an int32 output, expected none");
     require(!epilogue.bias, "bias: got a bias for an int32 output, expected none");
     require(!epilogue.residual, "residual: got a residual for an int32 output, expected none");
+    require(!epilogue.activation.enabled, "activation: got one for an int32 output, expected none");
+    require(!epilogue.bits, "bits: got a pointer beside an int32 output, expected null");
   }
-  if (epilogue.out_type == DataType::kBits) {
-    require(epilogue.out_layout == Layout::kNHWC, "out_layout: got kNCHW for bits, expected kNHWC");
-  } else {
-    require(!epilogue.threshold.per_channel, "threshold: got thresholds for an output of ",
-            to_string(epilogue.out_type), ", expected them for bits only");
-  }
-  constexpr int64_t kFloatAlignment = sizeof(float);
-  if (epilogue.scale) check_pointer("scale", epilogue.scale, kFloatAlignment);
-  if (epilogue.bias) check_pointer("bias", epilogue.bias, kFloatAlignment);
-  if (epilogue.threshold.per_channel) {
-    check_pointer("threshold", epilogue.threshold.per_channel, kFloatAlignment);
-  }
+  check_optional("scale", epilogue.scale);
+  check_optional("bias", epilogue.bias);
   if (epilogue.residual) {
     check_type("residual_type", epilogue.residual_type,
                {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16});
     check_pointer("residual", epilogue.residual, element_bytes(epilogue.residual_type));
   }
+  check_activation(epilogue.activation);
+  check_bits(epilogue, batch);
 }
 
 const Kernel& checked_kernel(const Conv2dShape& shape, const Queue& queue) {
@@ -84,7 +110,7 @@ int64_t workspace_bytes(const Conv2dShape& shape, const Queue& queue) {
 void binary_conv2d(const Conv2dShape& shape, const void* input, const void* prepared_weight,
                    const Epilogue& epilogue, void* output, void* workspace, const Queue& queue) {
   const Kernel& kernel = checked_kernel(shape, queue);
-  check_epilogue(epilogue);
+  check_epilogue(epilogue, shape.batch);
   if (shape.batch == 0) return;
   check_pointer("input", input, kPackedAlignment);
   check_pointer("prepared_weight", prepared_weight, kPackedAlignment);

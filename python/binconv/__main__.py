@@ -1,4 +1,4 @@
-"""The command line of binconv: `python -m binconv info`, `demo` and `train`."""
+"""The command line of binconv: `python -m binconv info`, `demo`, `train` and `bench`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.metadata
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import binconv
 
@@ -18,14 +19,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         for name, value in _info():
             print(f"{name:<16}{value}")
         return 0
-    return _run(arguments)
+    if arguments.command == "bench":
+        return _bench(arguments)
+    return _train(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="binconv", description="Exact, fast binary (+1/-1) 2-D convolution."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{demo,info,train}")
+    metavar = "{bench,demo,info,train}"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=metavar)
     commands.add_parser("info", help="show what this binconv was built with and can run on")
     text = "train a small binary network on handwritten digits and run it on packed bits"
     demo = commands.add_parser("demo", help=text, description=text.capitalize() + ".")
@@ -36,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("binconv-demo.png"),
         help="the picture to write, a PNG file (default: binconv-demo.png)",
     )
+    _add_train(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _add_train(commands: Any) -> None:
     text = "train a binary residual network with checkpoints that a run can resume from"
     train = commands.add_parser("train", help=text, description=text.capitalize() + ".")
     _add_common(train, epochs=20)
@@ -52,7 +62,22 @@ def _parser() -> argparse.ArgumentParser:
         help="the folder for checkpoint and learning curve (default: binconv-train)",
     )
     train.add_argument("--resume", action="store_true", help="go on from the checkpoint there")
-    return parser
+
+
+def _add_bench(commands: Any) -> None:
+    text = "measure layers of published networks against float16 convolution in PyTorch"
+    bench = commands.add_parser("bench", help=text, description=text.capitalize() + ".")
+    bench.add_argument("--device", default="cuda", help="cuda[:N], or cpu to try it")
+    bench.add_argument("--rows", default="", metavar="REGEX", help="only group/name with a match")
+    bench.add_argument("--batch", type=_whole_number(1), nargs="+", default=[1, 8, 128])
+    bench.add_argument("--kernel", help="this one (see: binconv info), not the best for the layer")
+    bench.add_argument("--quick", action="store_true", help="fewer repetitions")
+    text = "benchmarks/cutlass_and.cu as a shared library, to measure too"
+    bench.add_argument("--cutlass", type=Path, metavar="LIBRARY", help=text)
+    text = "write PATH.md and PATH.json"
+    bench.add_argument("--output", type=Path, metavar="PATH", help=text)
+    text = "also write PATH_roofline.png and PATH_speedups.png"
+    bench.add_argument("--plots", action="store_true", help=text)
 
 
 def _add_common(parser: argparse.ArgumentParser, epochs: int) -> None:
@@ -95,15 +120,12 @@ def _torch_version() -> str:
         return "not installed"
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _train(arguments: argparse.Namespace) -> int:
     command = arguments.command
     try:
         from .torch import demo, train
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("binconv"):
-            raise
-        missing = f'no module named {error.name!r}; run: pip install "binconv[demo]"'
-        return _fail(command, missing)
+        return _missing(command, error, "demo")
     seed, epochs, output = arguments.seed, arguments.epochs, arguments.output
     try:
         if command == "demo":
@@ -114,6 +136,29 @@ def _run(arguments: argparse.Namespace) -> int:
     except demo.DemoError as error:
         return _fail(command, str(error))
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    try:
+        from .torch import bench
+
+        if arguments.plots:
+            from .torch.bench import plots  # noqa: F401  # Missing matplotlib shows at once.
+    except ModuleNotFoundError as error:
+        return _missing("bench", error, "demo" if arguments.plots else "torch")
+    options = vars(arguments)
+    del options["command"]
+    try:
+        bench.run(**options)
+    except bench.BenchError as error:
+        return _fail("bench", str(error))
+    return 0
+
+
+def _missing(command: str, error: ModuleNotFoundError, extra: str) -> int:
+    if error.name is None or error.name.startswith("binconv"):
+        raise error
+    return _fail(command, f'no module named {error.name!r}; run: pip install "binconv[{extra}]"')
 
 
 def _fail(command: str, message: str) -> int:

@@ -141,25 +141,39 @@ def binary_conv2d(
     out: Array,
     *,
     layout: Layout = "nhwc",
+    clamp: bool = False,
     scale: Array | None = None,
     bias: Array | None = None,
     residual: Array | None = None,
+    activation: tuple[Array | None, Array | None, Array | None] | None = None,
     threshold: float | Array | None = None,
+    threshold_below: Array | None = None,
+    bits: Array | None = None,
     workspace: Array | None = None,
     stream: int | None = None,
     threads: int | None = None,
     kernel: str | None = None,
 ) -> None:
-    """Writes the convolution of +1/-1 values, acc, or y = fma(acc, scale, bias) + residual.
+    """Writes the convolution of +1/-1 values, acc, or what an epilogue makes of it.
+
+    That is y = activation(fma(acc, scale, bias) + residual) in float32, where every sum and product
+    but the fma is rounded by itself.
 
     input: uint8 (N, H, W, packed_bytes(C)).
     prepared_weight: from prepare_weight, with the same kernel.
     out: its dtype says what is written: int32 acc itself, which is exact; float32, float16 or
         bfloat16 y, computed in float32 and rounded once; uint8 the packed bits of y >= threshold.
         (N, OH, OW, O), for layout "nchw" (N, O, OH, OW), for bits (N, OH, OW, packed_bytes(O)).
+    clamp: makes acc max(acc, 0) before all else, also for int32.
     scale, bias: float32 (O,).
-    threshold: a number or float32 (O,), for bits; 0 unless given.
     residual: float32, float16 or bfloat16, shaped as the values of out; may not overlap it.
+    activation: (in_shift, slope, out_shift), float32 (O,) or None each: y becomes
+        PReLU(y + in_shift) + out_shift. A slope of None is 0, as in ReLU; a shift of None is left
+        out.
+    threshold: a number or float32 (O,), for bits; 0 unless given.
+    threshold_below: uint8 or bool (O,): the bit is y <= threshold where it is not zero.
+    bits: uint8 (N, OH, OW, packed_bytes(O)), beside a float out: also gets the bits of y, taken
+        before y is rounded to out's dtype.
     workspace: uint8, one dimension of at least workspace_bytes(shape).
     kernel: a name from available_kernels(), instead of the best one for the shape.
     """

@@ -163,12 +163,20 @@ std::string describe(const EpilogueCase& e) {
   std::ostringstream text;
   text << "epilogue to " << type_name(e.out_type)
        << (e.out_layout == Layout::kNHWC ? " in NHWC" : " in NCHW");
+  if (e.clamp) text << ", clamp";
   if (e.scale) text << ", scale";
   if (e.bias) text << ", bias";
   if (e.residual) text << ", residual of " << type_name(*e.residual);
-  if (e.out_type == DataType::kBits && e.thresholds == EpilogueCase::Thresholds::kPerChannel) {
+  if (e.activation) {
+    text << ", activation of" << (e.activation->in_shift ? " in_shift" : "")
+         << (e.activation->slope ? " slope" : " ReLU")
+         << (e.activation->out_shift ? " out_shift" : "");
+  }
+  if (e.bits_beside) text << ", bits beside";
+  if (e.writes_bits() && e.thresholds == EpilogueCase::Thresholds::kPerChannel) {
     text << ", a threshold per channel";
   }
+  if (e.writes_bits() && e.below) text << ", bits below some thresholds";
   return text.str();
 }
 
@@ -215,13 +223,20 @@ EpilogueCase random_epilogue(Random& random) {
   e.out_type = random.pick({DataType::kInt32, DataType::kFloat32, DataType::kFloat16,
                             DataType::kBFloat16, DataType::kBits, DataType::kBits});
   if (e.out_type != DataType::kBits && random.one_in(2)) e.out_layout = Layout::kNCHW;
+  e.clamp = random.one_in(3);
   if (e.out_type == DataType::kInt32) return e;
   e.scale = random.one_in(2);
   e.bias = random.one_in(2);
   if (random.one_in(2)) {
     e.residual = random.pick({DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16});
   }
+  if (random.one_in(2)) {
+    e.activation = {
+        .in_shift = random.one_in(2), .slope = random.one_in(2), .out_shift = random.one_in(2)};
+  }
   if (random.one_in(2)) e.thresholds = EpilogueCase::Thresholds::kPerChannel;
+  e.below = random.one_in(2);
+  e.bits_beside = e.out_type != DataType::kBits && random.one_in(2);
   return e;
 }
 
@@ -300,78 +315,160 @@ std::vector<uint8_t> Run::sums() const {
   return output.read();
 }
 
-void Run::check(const EpilogueCase& which) const {
-  const Context context(describe(which));
-  const ImageShape& out = problem_.output();
-  const int64_t count = reference::element_count(out);
-  const bool is_bits = which.out_type == DataType::kBits;
-  Random random(problem_.seed() + 17);
-  const std::vector<float> scale = draw_scale(random, out.channels);
-  const std::vector<float> bias = draw_addend(random, out.channels);
-  const DataType residual_type = which.residual.value_or(DataType::kFloat32);
-  const std::vector<uint8_t> residual =
-      reference::encode(residual_type, draw_addend(random, which.residual ? count : 0));
+// What a case is run with. Empty: the case has none of these.
+struct Run::Numbers {
+  std::vector<float> scale, bias;
+  DataType residual_type = DataType::kFloat32;
+  std::vector<uint8_t> residual;
+  std::vector<float> in_shift, slope, out_shift;
+  std::vector<float> thresholds;  // All the same for a scalar one.
+  std::vector<uint8_t> below;
+};
 
-  std::vector<float> y;
+namespace {
+
+template <class T>
+const T* element(const std::vector<T>& values, int64_t i) {
+  return values.empty() ? nullptr : &values[i];
+}
+
+}  // namespace
+
+Run::Numbers Run::draw(const EpilogueCase& which) const {
+  const int64_t channels = problem_.output().channels;
+  const auto count = [&](bool wanted) { return wanted ? channels : 0; };
+  const EpilogueCase::Activation activation = which.activation.value_or(EpilogueCase::Activation{});
+  Random random(problem_.seed() + 17);
+  Numbers numbers;
+  numbers.scale = draw_scale(random, count(which.scale));
+  numbers.bias = draw_addend(random, count(which.bias));
+  numbers.residual_type = which.residual.value_or(DataType::kFloat32);
+  const int64_t outputs = reference::element_count(problem_.output());
+  numbers.residual =
+      reference::encode(numbers.residual_type, draw_addend(random, which.residual ? outputs : 0));
+  numbers.in_shift = draw_addend(random, count(activation.in_shift));
+  numbers.slope = draw_scale(random, count(activation.slope));
+  numbers.out_shift = draw_addend(random, count(activation.out_shift));
+  if (!which.writes_bits()) return numbers;
+
+  const std::vector<float> y = results(which, numbers);
+  const int64_t pixels = static_cast<int64_t>(problem_.pixels().size());
+  for (int64_t o = 0; o < channels; ++o) {
+    const float near = pixels == 0 ? 0.0f : y[random.between(0, pixels - 1) * channels + o];
+    const bool fresh = o == 0 || which.thresholds == EpilogueCase::Thresholds::kPerChannel;
+    numbers.thresholds.push_back(fresh ? draw_threshold(random, near) : numbers.thresholds[0]);
+    // Any number but zero means below.
+    if (which.below) numbers.below.push_back(random.pick<uint8_t>({0, 0, 1, 0x80}));
+  }
+  return numbers;
+}
+
+int Run::acc(const EpilogueCase& which, size_t i, int64_t o) const {
+  const int acc = problem_.acc(i, o);
+  return which.clamp && acc < 0 ? 0 : acc;
+}
+
+// The float32 result of every checked pixel and channel.
+std::vector<float> Run::results(const EpilogueCase& which, const Numbers& numbers) const {
+  const ImageShape& out = problem_.output();
+  std::vector<float> results;
   for (size_t i = 0; i < problem_.pixels().size(); ++i) {
     const int64_t pixel = problem_.pixels()[i];
     const int64_t n = pixel / (out.height * out.width), p = pixel / out.width % out.height;
     for (int64_t o = 0; o < out.channels; ++o) {
-      float added = 0;
-      if (which.residual) {
-        added =
-            reference::load(residual_type, residual.data(),
-                            reference::offset(out, which.out_layout, n, o, p, pixel % out.width));
+      const int64_t index = reference::offset(out, which.out_layout, n, o, p, pixel % out.width);
+      const float added =
+          which.residual ? reference::load(numbers.residual_type, numbers.residual.data(), index)
+                         : 0.0f;
+      float y = reference::epilogue(acc(which, i, o), element(numbers.scale, o),
+                                    element(numbers.bias, o), which.residual ? &added : nullptr);
+      if (which.activation) {
+        y = reference::activation(y, element(numbers.in_shift, o), element(numbers.slope, o),
+                                  element(numbers.out_shift, o));
       }
-      y.push_back(reference::epilogue(problem_.acc(i, o), which.scale ? &scale[o] : nullptr,
-                                      which.bias ? &bias[o] : nullptr,
-                                      which.residual ? &added : nullptr));
+      results.push_back(y);
     }
   }
-
-  std::vector<float> thresholds(out.channels, 0.0f);
-  const bool per_channel = which.thresholds == EpilogueCase::Thresholds::kPerChannel;
-  if (is_bits && !y.empty()) {
-    for (int64_t o = 0; o < out.channels; ++o) {
-      const size_t i = random.between(0, static_cast<int64_t>(problem_.pixels().size()) - 1);
-      thresholds[o] =
-          per_channel || o == 0 ? draw_threshold(random, y[i * out.channels + o]) : thresholds[0];
-    }
-  }
-
-  const Buffer scale_buffer(queue_, scale, 4, placement_), bias_buffer(queue_, bias, 4, placement_);
-  const Buffer residual_buffer(queue_, residual, reference::element_bytes(residual_type),
-                               placement_);
-  const Buffer threshold_buffer(queue_, thresholds, 4, placement_);
-  Epilogue epilogue{.out_type = which.out_type, .out_layout = which.out_layout};
-  if (which.scale) epilogue.scale = scale_buffer.as<float>();
-  if (which.bias) epilogue.bias = bias_buffer.as<float>();
-  if (which.residual) epilogue.residual = residual_buffer.data();
-  epilogue.residual_type = residual_type;
-  if (is_bits) epilogue.threshold.value = thresholds[0];
-  if (is_bits && per_channel) epilogue.threshold = {kNaN, threshold_buffer.as<float>()};
-
-  const int64_t pixel_bytes = reference::pixel_bytes(out.channels);
-  const Buffer output(queue_,
-                      is_bits ? out.batch * out.height * out.width * pixel_bytes
-                              : count * reference::element_bytes(which.out_type),
-                      is_bits ? 16 : reference::element_bytes(which.out_type), placement_);
-  launch(epilogue, output);
-  scale_buffer.check_unchanged("scale");
-  bias_buffer.check_unchanged("bias");
-  residual_buffer.check_unchanged("residual");
-  threshold_buffer.check_unchanged("threshold");
-  if (is_bits) {
-    check_bits(y, thresholds, output.read());
-  } else {
-    check_elements(which, epilogue, y, output.read());
-  }
+  return results;
 }
 
-void Run::check_elements(const EpilogueCase& which, const Epilogue& epilogue,
-                         const std::vector<float>& y, const std::vector<uint8_t>& output) const {
+// The numbers in the memory of a queue's device.
+struct Run::Operands {
+  Operands(const Queue& queue, const Numbers& numbers, Placement placement)
+      : residual(queue, numbers.residual, reference::element_bytes(numbers.residual_type),
+                 placement),
+        below(queue, numbers.below, 1, placement) {
+    for (const auto* values : {&numbers.scale, &numbers.bias, &numbers.in_shift, &numbers.slope,
+                               &numbers.out_shift, &numbers.thresholds}) {
+      floats.push_back(std::make_unique<Buffer>(queue, *values, 4, placement));
+    }
+  }
+
+  static const void* pointer(const Buffer& buffer) {
+    return buffer.bytes() == 0 ? nullptr : buffer.data();
+  }
+  const float* pointer(size_t i) const { return static_cast<const float*>(pointer(*floats[i])); }
+
+  Epilogue epilogue(const EpilogueCase& which, const Numbers& numbers) const {
+    Epilogue epilogue{.out_type = which.out_type,
+                      .out_layout = which.out_layout,
+                      .clamp = which.clamp,
+                      .scale = pointer(0),
+                      .bias = pointer(1),
+                      .residual = which.residual ? residual.data() : nullptr,
+                      .residual_type = numbers.residual_type,
+                      .activation = {.enabled = which.activation.has_value(),
+                                     .in_shift = pointer(2),
+                                     .slope = pointer(3),
+                                     .out_shift = pointer(4)},
+                      .threshold_below = static_cast<const uint8_t*>(pointer(below))};
+    if (!numbers.thresholds.empty()) {
+      const bool scalar = which.thresholds == EpilogueCase::Thresholds::kScalar;
+      epilogue.threshold = {scalar ? numbers.thresholds[0] : kNaN, scalar ? nullptr : pointer(5)};
+    }
+    return epilogue;
+  }
+
+  void check_unchanged() const {
+    residual.check_unchanged("residual");
+    below.check_unchanged("threshold_below");
+    constexpr const char* kNames[] = {"scale", "bias",      "in_shift",
+                                      "slope", "out_shift", "threshold"};
+    for (size_t i = 0; i < floats.size(); ++i) floats[i]->check_unchanged(kNames[i]);
+  }
+
+  Buffer residual, below;
+  std::vector<std::unique_ptr<Buffer>> floats;
+};
+
+void Run::check(const EpilogueCase& which) const {
+  const Context context(describe(which));
   const ImageShape& out = problem_.output();
-  const DataType type = epilogue.out_type;
+  const Numbers numbers = draw(which);
+  const std::vector<float> y = results(which, numbers);
+  const Operands operands(queue_, numbers, placement_);
+  Epilogue epilogue = operands.epilogue(which, numbers);
+
+  const bool is_bits = which.out_type == DataType::kBits;
+  const int64_t packed_bytes =
+      out.batch * out.height * out.width * reference::pixel_bytes(out.channels);
+  const int64_t element_bytes = reference::element_bytes(which.out_type);
+  const int64_t value_bytes = reference::element_count(out) * element_bytes;
+  const Buffer output(queue_, is_bits ? packed_bytes : value_bytes, is_bits ? 16 : element_bytes,
+                      placement_);
+  const Buffer bits(queue_, which.bits_beside ? packed_bytes : 0, 16, placement_);
+  if (which.bits_beside) epilogue.bits = bits.data();
+  launch(epilogue, output);
+  bits.check_guards("bits");
+  operands.check_unchanged();
+  if (which.writes_bits()) check_bits(which, y, numbers, (is_bits ? output : bits).read());
+  if (!is_bits) check_elements(which, y, output.read());
+}
+
+void Run::check_elements(const EpilogueCase& which, const std::vector<float>& y,
+                         const std::vector<uint8_t>& output) const {
+  const ImageShape& out = problem_.output();
+  const DataType type = which.out_type;
   const int64_t bytes = reference::element_bytes(type);
   for (size_t i = 0; i < problem_.pixels().size(); ++i) {
     const int64_t pixel = problem_.pixels()[i];
@@ -380,10 +477,10 @@ void Run::check_elements(const EpilogueCase& which, const Epilogue& epilogue,
           reference::offset(out, which.out_layout, pixel / (out.height * out.width), o,
                             pixel / out.width % out.height, pixel % out.width);
       const uint8_t* got = output.data() + index * bytes;
-      const int acc = problem_.acc(i, o);
+      const int sum = acc(which, i, o);
       uint8_t expected[4];
       if (type == DataType::kInt32) {
-        std::memcpy(expected, &acc, sizeof acc);
+        std::memcpy(expected, &sum, sizeof sum);
       } else {
         reference::store(type, expected, 0, y[i * out.channels + o]);
       }
@@ -394,10 +491,10 @@ void Run::check_elements(const EpilogueCase& which, const Epilogue& epilogue,
       if (type == DataType::kInt32) {
         int value;
         std::memcpy(&value, got, sizeof value);
-        message << value << ", expected " << acc;
+        message << value << ", expected " << sum;
       } else {
         message << reference::load(type, got, 0) << ", expected "
-                << reference::load(type, expected, 0) << ", from acc = " << acc
+                << reference::load(type, expected, 0) << ", from acc = " << sum
                 << " and y = " << y[i * out.channels + o];
       }
       return report_failure(__FILE__, __LINE__, message.str());
@@ -405,7 +502,7 @@ void Run::check_elements(const EpilogueCase& which, const Epilogue& epilogue,
   }
 }
 
-void Run::check_bits(const std::vector<float>& y, const std::vector<float>& thresholds,
+void Run::check_bits(const EpilogueCase& which, const std::vector<float>& y, const Numbers& numbers,
                      const std::vector<uint8_t>& output) const {
   const ImageShape& out = problem_.output();
   const int64_t pixel_bytes = reference::pixel_bytes(out.channels);
@@ -416,13 +513,14 @@ void Run::check_bits(const std::vector<float>& y, const std::vector<float>& thre
     const int64_t pixel = problem_.pixels()[i];
     for (int64_t o = 0; o < out.channels; ++o) {
       const float value = y[i * out.channels + o];
-      const int expected = value >= thresholds[o] ? 1 : 0;
+      const bool below = which.below && numbers.below[o] != 0;
+      const int expected = reference::bit(value, numbers.thresholds[o], below);
       if (bit(pixel, o) == expected) continue;
       std::ostringstream message;
       message.precision(9);
       message << channel_and_pixel(out, pixel, o) << ": got bit " << bit(pixel, o) << ", expected "
-              << expected << ", from acc = " << problem_.acc(i, o) << ", y = " << value
-              << " and threshold = " << thresholds[o];
+              << expected << ", from acc = " << acc(which, i, o) << ", y = " << value
+              << (below ? " below" : " and") << " threshold = " << numbers.thresholds[o];
       return report_failure(__FILE__, __LINE__, message.str());
     }
   }

@@ -24,13 +24,24 @@ std::string describe(const Conv2dShape& shape);
 // Which epilogue a call asks for; the numbers are drawn when it is checked.
 struct EpilogueCase {
   enum class Thresholds { kScalar, kPerChannel };
+  struct Activation {
+    bool in_shift = false;
+    bool slope = false;
+    bool out_shift = false;
+  };
 
   DataType out_type = DataType::kInt32;
   Layout out_layout = Layout::kNHWC;
+  bool clamp = false;
   bool scale = false;
   bool bias = false;
   std::optional<DataType> residual;
+  std::optional<Activation> activation;
   Thresholds thresholds = Thresholds::kScalar;
+  bool below = false;  // Whether some bits are y <= threshold.
+  bool bits_beside = false;
+
+  bool writes_bits() const { return out_type == DataType::kBits || bits_beside; }
 };
 
 std::string describe(const EpilogueCase& epilogue);
@@ -91,9 +102,15 @@ class Run {
   std::vector<uint8_t> sums() const;
 
  private:
-  void check_elements(const EpilogueCase& which, const Epilogue& epilogue,
-                      const std::vector<float>& y, const std::vector<uint8_t>& output) const;
-  void check_bits(const std::vector<float>& y, const std::vector<float>& thresholds,
+  struct Numbers;
+  struct Operands;
+
+  Numbers draw(const EpilogueCase& which) const;
+  std::vector<float> results(const EpilogueCase& which, const Numbers& numbers) const;
+  int acc(const EpilogueCase& which, size_t i, int64_t o) const;
+  void check_elements(const EpilogueCase& which, const std::vector<float>& y,
+                      const std::vector<uint8_t>& output) const;
+  void check_bits(const EpilogueCase& which, const std::vector<float>& y, const Numbers& numbers,
                   const std::vector<uint8_t>& output) const;
   void launch(const Epilogue& epilogue, const Buffer& output) const;
 

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <limits>
 #include <mutex>
@@ -228,7 +229,10 @@ TEST(Conv2d, EveryBatchMatchesReference) {
 TEST(Conv2d, EmptyBatchNeedsNoMemory) {
   const Conv2dShape shape = shape_3x3(0, 64, 4, 5, 12);
   for (const Queue& queue : kernel_queues()) {
+    const Buffer thresholds(queue, std::vector<float>(12, 0.0f), 4);
     binary_conv2d(shape, nullptr, nullptr, {}, nullptr, nullptr, queue);
+    binary_conv2d(shape, nullptr, nullptr, {.threshold = {0.0f, thresholds.as<float>()}}, nullptr,
+                  nullptr, queue);
   }
 }
 
@@ -389,10 +393,164 @@ TEST(Conv2dEpilogue, EveryCombinationMatchesReference) {
   check_on_every_kernel(aligned, cases);
 }
 
+TEST(Conv2dEpilogue, EveryActivationAndEveryPlaceOfTheBitsMatchesReference) {
+  const Problem problem(shape_3x3(1, 40, 3, 5, 21), 5), aligned(shape_3x3(1, 128, 3, 4, 64), 6);
+  std::vector<EpilogueCase> cases = {{.clamp = true}, {.out_layout = Layout::kNCHW, .clamp = true}};
+  std::vector<std::optional<EpilogueCase::Activation>> activations = {std::nullopt};
+  for (int set = 0; set < 8; ++set) {
+    activations.push_back({{(set & 1) != 0, (set & 2) != 0, (set & 4) != 0}});
+  }
+  for (const auto& activation : activations) {
+    for (int set = 0; set < 16; ++set) {
+      EpilogueCase e{.clamp = (set & 1) != 0, .scale = true, .bias = true};
+      if (set & 2) e.residual = DataType::kFloat16;
+      e.activation = activation;
+      if (set & 4) e.thresholds = EpilogueCase::Thresholds::kPerChannel;
+      e.below = (set & 8) != 0;
+      e.out_type = DataType::kBits;
+      cases.push_back(e);
+      for (DataType type : kFloatTypes) {
+        for (Layout layout : kLayouts) {
+          e.out_type = type;
+          e.out_layout = layout;
+          e.bits_beside = true;
+          cases.push_back(e);
+          e.bits_beside = false;
+          if (set < 4) cases.push_back(e);
+        }
+      }
+    }
+  }
+  check_on_every_kernel(problem, cases);
+  check_on_every_kernel(aligned, cases);
+}
+
 TEST(Conv2dEpilogue, BitsForEveryOutputChannelCountLeaveUnusedBitsZero) {
   for (int64_t out_channels : {1, 7, 8, 9, 31, 33, 63, 64, 65, 96, 127, 128, 129, 200, 256, 300}) {
     check_on_every_kernel(Problem(shape_3x3(1, 16, 3, 5, out_channels), 8),
-                          {kSumsAndBits[1], {.out_type = DataType::kBits}});
+                          {kSumsAndBits[1],
+                           {.out_type = DataType::kBits},
+                           {.out_type = DataType::kFloat16, .bits_beside = true}});
+  }
+}
+
+// A call on one pixel whose sums are +3 in even and -3 in odd channels: y, and the bits of y >= 0
+// in channels below 16, else of y <= 0.
+struct ByHand {
+  ByHand(const Queue& queue, int64_t channels, Epilogue epilogue) {
+    const Conv2dShape shape{
+        .batch = 1,
+        .in_height = 1,
+        .in_width = 1,
+        .weight = {
+            .out_channels = channels, .in_channels = 3, .kernel_height = 1, .kernel_width = 1}};
+    std::vector<uint8_t> x(16, 0), weight(16 * channels, 0), below(channels, 0);
+    x[0] = 0b111;
+    for (int64_t o = 0; o < channels; o += 2) weight[16 * o] = 0b111;
+    for (int64_t o = 16; o < channels; ++o) below[o] = 1;
+    const std::shared_ptr<Buffer> prepared = prepare(shape.weight, weight, queue);
+    const Buffer input(queue, x, 16), directions(queue, below, 1), packed(queue, 16, 16);
+    const Buffer output(queue, channels * 4, 4),
+        workspace(queue, workspace_bytes(shape, queue), 16);
+    epilogue.threshold_below = directions.as<uint8_t>();
+    epilogue.bits = packed.data();
+    binary_conv2d(shape, input.data(), prepared->data(), epilogue, output.data(), workspace.data(),
+                  queue);
+    y = output.read_as<float>();
+    bits = packed.read();
+  }
+
+  int bit(int64_t o) const { return (bits[o / 8] >> (o % 8)) & 1; }
+
+  std::vector<float> y;
+  std::vector<uint8_t> bits;
+};
+
+TEST(Conv2dEpilogue, ActivationRoundsItsProductBeforeTheShift) {
+  // 3 * float(1/3) is a little more than 1 and rounds to 1; a fused sum would keep the rest.
+  for (const Queue& queue : kernel_queues()) {
+    const Context context(describe(queue));
+    const Buffer slope(queue, std::vector<float>(40, 1.0f / 3), 4);
+    const Buffer shift(queue, std::vector<float>(40, 1.0f), 4);
+    const ByHand call(
+        queue, 40,
+        {.activation = {
+             .enabled = true, .slope = slope.as<float>(), .out_shift = shift.as<float>()}});
+    for (int64_t o = 0; o < 40; ++o) CHECK_EQ(call.y[o], o % 2 == 0 ? 4.0f : 0.0f);
+  }
+}
+
+TEST(Conv2dEpilogue, NullShiftKeepsTheSignOfZeroThatAZeroShiftLoses) {
+  for (const Queue& queue : kernel_queues()) {
+    const Context context(describe(queue));
+    const Buffer minus_zeros(queue, std::vector<float>(40, -0.0f), 4);
+    const Buffer zeros(queue, std::vector<float>(40, 0.0f), 4);
+    const auto sign_of_zero = [&](const float* in_shift, const float* slope,
+                                  const float* out_shift) {
+      // fma(3, -0, -0) is -0.
+      const ByHand call(queue, 40,
+                        {.scale = minus_zeros.as<float>(),
+                         .bias = minus_zeros.as<float>(),
+                         .activation = {true, in_shift, slope, out_shift}});
+      for (int64_t o = 0; o < 40; ++o) {
+        CHECK_EQ(call.y[o], 0.0f);
+        CHECK_EQ(call.bit(o), 1);  // Both directions hold for either zero.
+      }
+      return std::signbit(call.y[0]);
+    };
+    const float* const zero = zeros.as<float>();
+    CHECK(sign_of_zero(nullptr, nullptr, nullptr));
+    CHECK(sign_of_zero(nullptr, zero, nullptr));
+    CHECK(sign_of_zero(minus_zeros.as<float>(), nullptr, minus_zeros.as<float>()));
+    CHECK(!sign_of_zero(zero, nullptr, nullptr));
+    CHECK(!sign_of_zero(nullptr, nullptr, zero));
+  }
+}
+
+TEST(Conv2dEpilogue, NaNPassesTheActivationAndGivesNoBitInEitherDirection) {
+  for (const Queue& queue : kernel_queues()) {
+    const Context context(describe(queue));
+    const float nan = std::numeric_limits<float>::quiet_NaN();
+    const Buffer bias(queue, std::vector<float>(40, nan), 4);
+    const Buffer ones(queue, std::vector<float>(40, 1.0f), 4);
+    for (const float* slope : {static_cast<const float*>(nullptr), ones.as<const float>()}) {
+      const ByHand call(queue, 40,
+                        {.bias = bias.as<float>(), .activation = {true, nullptr, slope, nullptr}});
+      for (int64_t o = 0; o < 40; ++o) {
+        CHECK(std::isnan(call.y[o]));
+        CHECK_EQ(call.bit(o), 0);
+      }
+    }
+  }
+}
+
+TEST(Conv2dEpilogue, BitsAreTakenBeforeTheOutputIsRounded) {
+  // 3 + 2^-10 is above the threshold, and rounds to 3 in bfloat16.
+  const Problem problem = Problem::constant(
+      {.batch = 1,
+       .in_height = 1,
+       .in_width = 1,
+       .weight = {.out_channels = 9, .in_channels = 3, .kernel_height = 1, .kernel_width = 1}},
+      1, 1);
+  const float above = 3.0f + 0x1p-10f;
+  for (const Queue& queue : kernel_queues()) {
+    const Context context(describe(queue));
+    const std::shared_ptr<Buffer> prepared =
+        prepare(problem.shape().weight, problem.packed_weight(), queue);
+    const Buffer input(queue, problem.packed_input(), 16), output(queue, 9 * 2, 2);
+    const Buffer workspace(queue, workspace_bytes(problem.shape(), queue), 16);
+    const Buffer bias(queue, std::vector<float>(9, 0x1p-10f), 4), bits(queue, 16, 16);
+    binary_conv2d(problem.shape(), input.data(), prepared->data(),
+                  {.out_type = DataType::kBFloat16,
+                   .bias = bias.as<float>(),
+                   .threshold = {above},
+                   .bits = bits.data()},
+                  output.data(), workspace.data(), queue);
+    CHECK_EQ(reference::load(DataType::kBFloat16, output.read().data(), 8), 3.0f);
+    std::vector<uint8_t> expected(16, 0);
+    expected[0] = 0xff;
+    expected[1] = 0x01;
+    CHECK_EQ(bits.read(), expected);
   }
 }
 

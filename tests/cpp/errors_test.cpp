@@ -21,6 +21,7 @@ struct Call {
         weight_buffer(q, std::vector<uint8_t>(8 * 9 * 16, 0), 16),
         prepared_buffer(q, prepared_weight_bytes(shape.weight, q), 16),
         output_buffer(q, 16 * 16 * 16, 16),
+        bits_buffer(q, 16 * 16, 16),
         workspace_buffer(q, workspace_bytes(shape, q), 16),
         floats_buffer(q, std::vector<float>(4096, 0.0f), 16) {
     prepare_weight(shape.weight, weight_buffer.data(), prepared_buffer.data(), q);
@@ -31,12 +32,13 @@ struct Call {
   void run() const { binary_conv2d(shape, input, prepared, epilogue, output, workspace, queue); }
   void check_nothing_was_written() const {
     output_buffer.check_untouched("output");
+    bits_buffer.check_untouched("bits");
     workspace_buffer.check_untouched("workspace");
   }
 
   Queue queue;
   Conv2dShape shape = shape_3x3(1, 16, 4, 4, 8);
-  Buffer input_buffer, weight_buffer, prepared_buffer, output_buffer, workspace_buffer,
+  Buffer input_buffer, weight_buffer, prepared_buffer, output_buffer, bits_buffer, workspace_buffer,
       floats_buffer;
   Epilogue epilogue;
   const void* input = input_buffer.data();
@@ -527,6 +529,59 @@ TEST(ErrorsConv2d, BadEpiloguesAreRejected) {
       CHECK_ERROR(run({.residual = floats, .residual_type = type}), kInvalid, "residual_type",
                   "bfloat16");
     }
+    call.check_nothing_was_written();
+  }
+}
+
+TEST(ErrorsConv2d, BadActivationsAreRejected) {
+  using Member = const float* Activation::*;
+  for (const Queue& queue : queues()) {
+    Call call(queue);
+    const auto run = [&](DataType type, const Activation& activation) {
+      call.epilogue = {.out_type = type, .activation = activation};
+      call.run();
+    };
+    CHECK_ERROR(run(DataType::kInt32, {.enabled = true}), kInvalid, "activation", "int32");
+    for (const auto& [name, member] :
+         {std::pair<const char*, Member>{"in_shift", &Activation::in_shift},
+          {"slope", &Activation::slope},
+          {"out_shift", &Activation::out_shift}}) {
+      Activation activation;
+      activation.*member = call.floats;
+      for (DataType type : {DataType::kInt32, DataType::kFloat16, DataType::kBits}) {
+        CHECK_ERROR(run(type, activation), kInvalid, name, "enabled");
+      }
+      activation.enabled = true;
+      activation.*member =
+          static_cast<const float*>(beyond(static_cast<const void*>(call.floats), 2));
+      CHECK_ERROR(run(DataType::kFloat32, activation), kInvalid, name, "multiple of 4");
+    }
+    call.check_nothing_was_written();
+  }
+}
+
+TEST(ErrorsConv2d, BadBitsBesideValuesAreRejected) {
+  for (const Queue& queue : queues()) {
+    Call call(queue);
+    const auto run = [&](const Epilogue& epilogue) {
+      call.epilogue = epilogue;
+      call.run();
+    };
+    void* const bits = call.bits_buffer.data();
+    const uint8_t* const below = reinterpret_cast<const uint8_t*>(call.floats);
+    for (DataType type : {DataType::kInt32, DataType::kBits}) {
+      CHECK_ERROR(run({.out_type = type, .bits = bits}), kInvalid,
+                  "bits:", type == DataType::kBits ? "output of bits" : "int32");
+    }
+    CHECK_ERROR(run({.bits = beyond(bits, 8)}), kInvalid, "bits:", "multiple of 16");
+    for (DataType type :
+         {DataType::kInt32, DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16}) {
+      CHECK_ERROR(run({.out_type = type, .threshold_below = below}), kInvalid, "threshold_below",
+                  "bits only");
+    }
+    const float* const odd = static_cast<const float*>(beyond(static_cast<const void*>(below), 2));
+    CHECK_ERROR(run({.threshold = {0.0f, odd}, .bits = bits}), kInvalid,
+                "threshold:", "multiple of 4");
     call.check_nothing_was_written();
   }
 }

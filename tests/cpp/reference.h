@@ -207,4 +207,24 @@ inline float epilogue(int acc, const float* scale, const float* bias, const floa
   return residual ? y + *residual : y;
 }
 
+// Sums and products of two floats, rounded once: in double they are exact, or so close that
+// rounding them again to float gives the same.
+inline float sum(float a, float b) { return static_cast<float>(double{a} + double{b}); }
+inline float product(float a, float b) { return static_cast<float>(double{a} * double{b}); }
+
+// PReLU between two shifts; a null shift is left out, a null slope makes it ReLU.
+inline float activation(float y, const float* in_shift, const float* slope,
+                        const float* out_shift) {
+  if (in_shift) y = sum(y, *in_shift);
+  if (y < 0) y = slope ? product(*slope, y) : 0.0f;
+  if (out_shift) y = sum(y, *out_shift);
+  return y;
+}
+
+inline int bit(float y, float threshold, bool below) {
+  if (std::isnan(y) || std::isnan(threshold)) return 0;
+  if (y == threshold) return 1;
+  return (y < threshold) == below ? 1 : 0;
+}
+
 }  // namespace binconv::reference

@@ -7,10 +7,12 @@ def packed_bytes(channels):
     return 16 * -(-channels // 128)
 
 
-def bits_of(x, threshold=0.0):
-    """Which values of (N,C,H,W) become a 1; `threshold` is a number or one per channel."""
+def bits_of(x, threshold=0.0, below=False):
+    """Which values of (N,C,H,W) become a 1: those not less than `threshold`, or where `below` those
+    not more. Both are one value or one per channel."""
     threshold = np.asarray(threshold, np.float32).reshape(-1, 1, 1)
-    return x.astype(np.float32) >= threshold
+    x = x.astype(np.float32)
+    return np.where(np.asarray(below, bool).reshape(-1, 1, 1), x <= threshold, x >= threshold)
 
 
 def pack(bits):
@@ -58,20 +60,37 @@ def conv2d(x, w, stride=(1, 1), padding=(0, 0, 0, 0), dilation=(1, 1), groups=1,
     return y.astype(np.int64)
 
 
-def epilogue(acc, scale=None, bias=None, residual=None):
-    """y = fma(float(acc), scale[o], bias[o]) + residual in float32; residual is (N,O,P,Q).
+def epilogue(acc, scale=None, bias=None, residual=None, clamp=False, activation=None):
+    """y = activation(fma(float(acc), scale[o], bias[o]) + residual) in float32, first of all with
+    max(acc, 0) for acc if `clamp`; residual is (N,O,P,Q).
 
     The fused multiply-add is done in float64 and rounded once. That is the true fma wherever the
     float64 sum is exact, which `random_factors` makes sure of.
     """
     column = (-1, 1, 1)
-    y = acc.astype(np.float64)
+    y = (np.maximum(acc, 0) if clamp else acc).astype(np.float64)
     if scale is not None:
         y = y * scale.astype(np.float64).reshape(column)
     if bias is not None:
         y = y + bias.astype(np.float64).reshape(column)
     y = y.astype(np.float32)
-    return y if residual is None else y + residual.astype(np.float32)
+    y = y if residual is None else y + residual.astype(np.float32)
+    return y if activation is None else activate(y, *activation)
+
+
+def activate(y, in_shift, slope, out_shift):
+    """PReLU between two shifts, each step in float64 and rounded to float32: sums and products of
+    two float32 numbers come out as if they were rounded once."""
+
+    def step(operation, x, per_channel):
+        factors = per_channel.astype(np.float64).reshape(-1, 1, 1)
+        return operation(x.astype(np.float64), factors).astype(np.float32)
+
+    if in_shift is not None:
+        y = step(np.add, y, in_shift)
+    negative = np.float32(0) if slope is None else step(np.multiply, y, slope)
+    y = np.where(y < 0, negative, y)
+    return y if out_shift is None else step(np.add, y, out_shift)
 
 
 def random_factors(rng, count):

@@ -37,16 +37,31 @@ def conv2d(x, w, **geometry):
     return conv2d_of_signs(sign(x), sign(w), **geometry)
 
 
-def epilogue(acc, scale=None, bias=None, residual=None):
-    """y = fma(acc, scale, bias) + residual in float32. float64 holds acc * scale + bias exactly
-    for the values of `factors`, so one rounding to float32 gives the fused multiply-add."""
-    y = acc
+def epilogue(acc, scale=None, bias=None, residual=None, clamp=False, prelu=None):
+    """y = prelu(fma(acc, scale, bias) + residual) in float32. float64 holds acc * scale + bias
+    exactly for the values of `factors`, so one rounding to float32 gives the fused multiply-add."""
+    y = acc * (acc > 0) if clamp else acc
     if scale is not None:
         y = y * scale.detach().cpu().double().reshape(-1, 1, 1)
     if bias is not None:
         y = y + bias.detach().cpu().double().reshape(-1, 1, 1)
     y = y.float()
-    return y if residual is None else y + residual.detach().cpu().float()
+    y = y if residual is None else y + residual.detach().cpu().float()
+    return y if prelu is None else activate(y, *prelu)
+
+
+def activate(y, in_shift, slope, out_shift):
+    """PReLU between two shifts. Sums and products of two float32 numbers, rounded from float64, are
+    as if they were rounded once."""
+
+    def column(per_channel):
+        return per_channel.detach().cpu().double().reshape(-1, 1, 1)
+
+    if in_shift is not None:
+        y = (y.double() + column(in_shift)).float()
+    negative = torch.zeros(()) if slope is None else (y.double() * column(slope)).float()
+    y = torch.where(y < 0, negative, y)
+    return y if out_shift is None else (y.double() + column(out_shift)).float()
 
 
 def factors(generator, count):
@@ -74,6 +89,33 @@ def gradients(x, w, grad, scale=None, bias=None, residual=None, **geometry):
         None if scale is None else (grad * acc.detach()).sum((0, 2, 3)),
         None if bias is None else grad.sum((0, 2, 3)),
         None if residual is None else grad,
+    )
+
+
+def step_gradients(acc, grad, scale, bias, residual, clamp, prelu):
+    """Of y = prelu(acc * scale + bias + residual), by hand and in float64, as (acc, scale, bias,
+    residual, in_shift, slope, out_shift); all are given. At a bend the positive side counts."""
+    scale, bias, in_shift, slope = (
+        t.double().reshape(-1, 1, 1) for t in (scale, bias, prelu[0], prelu[1])
+    )
+    grad, inside = grad.double(), acc
+    if clamp:
+        inside = acc.clamp(min=0)
+    bent = inside * scale + bias + residual.double() + in_shift
+    negative = bent < 0
+    inner = torch.where(negative, grad * slope, grad)
+    to_acc = inner * scale
+    if clamp:
+        to_acc = to_acc * (acc >= 0)
+    per_channel = (0, 2, 3)
+    return (
+        to_acc,
+        (inner * inside).sum(per_channel),
+        inner.sum(per_channel),
+        inner,
+        inner.sum(per_channel),
+        (grad * bent * negative).sum(per_channel),
+        grad.sum(per_channel),
     )
 
 

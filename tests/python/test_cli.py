@@ -1,4 +1,4 @@
-"""The command line: binconv info and binconv demo."""
+"""The command line: binconv info and binconv demo; test_bench.py has binconv bench."""
 
 import subprocess
 import sys
@@ -69,7 +69,7 @@ def test_a_command_is_required(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
     assert stop.value.code == 2
-    assert "{demo,info,train}" in capsys.readouterr().err
+    assert "{bench,demo,info,train}" in capsys.readouterr().err
 
 
 def test_demo_reports_and_writes_a_picture(demo, tmp_path, capsys):

@@ -89,9 +89,14 @@ def conv(
     scale=None,
     bias=None,
     threshold=None,
+    with_bits=False,
+    clamp=False,
+    activation=None,
+    threshold_below=None,
     **geometry,
 ):
-    """binconv.binary_conv2d of signs, without a byte to spare; (N,O,P,Q) or packed bits."""
+    """binconv.binary_conv2d of signs, without a byte to spare; (N,O,P,Q) or packed bits, with_bits
+    both."""
     shape = conv_shape(x, w, **geometry)
     prepared = prepare(w, shape, kernel)
     scratch = Guarded((binconv.workspace_bytes(shape, threads=threads, kernel=kernel),), np.uint8)
@@ -104,23 +109,30 @@ def conv(
         out = Guarded((size[0], w.shape[0], *size[1:]), out_type)
     if residual is not None and (layout == "nhwc" or out_type == "bits"):
         residual = nhwc(residual)
+    bits = Guarded((*size, packed_bytes(w.shape[0])), np.uint8)
     binconv.binary_conv2d(
         shape,
         aligned(reference.pack(x > 0)),
         prepared,
         out.array,
         layout=layout,
+        clamp=clamp,
         scale=scale,
         bias=bias,
         residual=residual,
+        activation=activation,
         threshold=threshold,
+        threshold_below=threshold_below,
+        bits=bits.array if with_bits else None,
         workspace=scratch.array if scratch.array.size else None,
         threads=threads,
         kernel=kernel,
     )
     out.assert_guards_intact()
     scratch.assert_guards_intact()
-    return nchw(out.array) if layout == "nhwc" and out_type != "bits" else out.array
+    bits.assert_guards_intact()
+    y = nchw(out.array) if layout == "nhwc" and out_type != "bits" else out.array
+    return (y, bits.array) if with_bits else y
 
 
 # ---------------------------------------------------------------------------------------- reference
@@ -535,6 +547,67 @@ def test_bit_outputs_match_reference(filters, names):
             np.testing.assert_array_equal(got, expected, err_msg=f"{kernel} {threshold}")
 
 
+ACTIVATIONS = [None, *itertools.product((False, True), repeat=3)]
+
+
+def activation_id(given):
+    names = ("in_shift", "slope", "out_shift")
+    return "+".join(itertools.compress(names, given)) or "relu" if given else "none"
+
+
+@pytest.mark.parametrize("given", ACTIVATIONS, ids=activation_id)
+@pytest.mark.parametrize("clamp", [False, True])
+def test_clamp_and_activation_match_reference_with_bits_beside_values(clamp, given):
+    rng = np.random.default_rng(29)
+    for channels, filters in ((67, 19), (16, 64)):
+        x, w = signs(rng, 2, channels, 5, 7), signs(rng, filters, channels, 3, 3)
+        acc = reference.conv2d(x, w, **GEOMETRY)
+        arguments = epilogue_arguments(rng, ("scale", "bias", "residual"), acc.shape)
+        arguments["clamp"] = clamp
+        if given:
+            shifts = random_factors(rng, filters) * 30, random_factors(rng, filters) * 30
+            values = (shifts[0], random_factors(rng, filters), shifts[1])
+            pairs = zip(values, given, strict=True)
+            arguments["activation"] = tuple(v if wanted else None for v, wanted in pairs)
+        y = reference.epilogue(acc, **arguments)
+        threshold, below = y[0, :, 2, 2].copy(), rng.random(filters) < 0.5
+        bits = reference.pack(reference.bits_of(y, threshold, below))
+        arguments |= {"threshold": threshold, "threshold_below": below}
+        for kernel, out_type in itertools.product(KERNELS, FLOAT_TYPES):
+            for layout in ("nchw", "nhwc"):
+                got = conv(x, w, out_type, layout, kernel, with_bits=True, **arguments, **GEOMETRY)
+                np.testing.assert_array_equal(got[0], y.astype(out_type), err_msg=kernel)
+                np.testing.assert_array_equal(got[1], bits, err_msg=kernel)
+            got = conv(x, w, "bits", kernel=kernel, **arguments, **GEOMETRY)
+            np.testing.assert_array_equal(got, bits, err_msg=kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_clamped_sums_match_reference(kernel):
+    rng = np.random.default_rng(30)
+    x, w = signs(rng, 2, 67, 5, 7), signs(rng, 70, 67, 3, 3)
+    acc = reference.conv2d(x, w)
+    np.testing.assert_array_equal(conv(x, w, kernel=kernel, clamp=True), np.maximum(acc, 0))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8])
+def test_directions_may_be_bool_or_uint8(dtype):
+    rng = np.random.default_rng(31)
+    x, w = signs(rng, 1, 16, 4, 4), signs(rng, 9, 16, 3, 3)
+    below = (np.arange(9) % 3 * 100).astype(dtype)  # Any number but zero means below.
+    expected = reference.pack(reference.bits_of(reference.conv2d(x, w), 2, below != 0))
+    got = conv(x, w, "bits", threshold=2, threshold_below=below)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_bits_are_taken_before_the_output_is_rounded():
+    x, w = np.ones((1, 3, 1, 1), np.int8), np.ones((2, 3, 1, 1), np.int8)
+    bias = np.array([2.0**-12, -(2.0**-12)], np.float32)
+    y, bits = conv(x, w, np.float16, bias=bias, threshold=3.0, with_bits=True)
+    np.testing.assert_array_equal(y.reshape(-1), [3, 3])
+    assert bits.reshape(-1)[0] == 0b01
+
+
 def test_negative_scale_flips_the_bits():
     rng = np.random.default_rng(12)
     x, w = signs(rng, 1, 33, 6, 6), signs(rng, 9, 33, 3, 3)
@@ -888,7 +961,15 @@ BAD_ARRAYS = [
     ),
     *(
         ("binary_conv2d", {name: value}, TypeError, name, got)
-        for name in ("scale", "bias", "residual", "workspace")
+        for name in (
+            "scale",
+            "bias",
+            "residual",
+            "workspace",
+            "threshold_below",
+            "bits",
+            "activation",
+        )
         for value, got in (([1.0], "list"), ("text", "str"), (3, "int"))
     ),
     ("pack_bits", {"threshold": 10**400}, ValueError, "threshold", "."),
@@ -896,7 +977,41 @@ BAD_ARRAYS = [
     ("pack_bits", {"threshold": "0.5"}, TypeError, "threshold", "str"),
     ("pack_bits", {"threshold": [0.5]}, TypeError, "threshold", "list"),
     ("binary_conv2d", {"threshold": [0.5]}, TypeError, "threshold", "list"),
+    *(
+        ("binary_conv2d", {"activation": parts}, TypeError, name, "list")
+        for name, parts in (
+            ("in_shift", ([1.0], None, None)),
+            ("slope", (None, [1.0], None)),
+            ("out_shift", (None, None, [1.0])),
+        )
+    ),
+    ("binary_conv2d", {"activation": floats(8)}, TypeError, "activation", "ndarray"),
+    ("binary_conv2d", {"activation": ()}, ValueError, "activation", "0"),
+    ("binary_conv2d", {"activation": (None, floats(8))}, ValueError, "activation", "2"),
     # Types.
+    ("binary_conv2d", {"activation": (np.ones(8), None, None)}, ValueError, "in_shift", "64"),
+    (
+        "binary_conv2d",
+        {"activation": (None, np.ones(8, np.float16), None)},
+        ValueError,
+        "slope",
+        "float16",
+    ),
+    ("binary_conv2d", {"threshold_below": floats(8)}, ValueError, "threshold_below", "float32"),
+    (
+        "binary_conv2d",
+        {"threshold_below": np.ones(8, np.int8)},
+        ValueError,
+        "threshold_below",
+        "int8",
+    ),
+    (
+        "binary_conv2d",
+        {"bits": poisoned(2, 3, 3, 16, dtype=np.int8)},
+        ValueError,
+        "bits",
+        "int8",
+    ),
     ("pack_bits", {"x": np.ones((2, 16, 5, 5))}, ValueError, "x", "64"),
     ("pack_bits", {"x": np.ones((2, 16, 5, 5), np.int32)}, ValueError, "x", "int32"),
     ("pack_bits", {"x": np.ones((2, 16, 5, 5), np.uint8)}, ValueError, "x", "uint8|bits"),
@@ -1018,7 +1133,49 @@ BAD_ARRAYS = [
     ("scale_channels", {"scale": floats(15)}, ValueError, "scale", "(15,)"),
     ("scale_channels", {"x": floats(2, 16, 5)}, ValueError, "x", "(2, 16, 5)"),
     ("scale_channels", {"out": poisoned(2, 16, 5, 4)}, ValueError, "out", "(2, 16, 5, 4)"),
+    (
+        "binary_conv2d",
+        {"activation": (None, None, floats(7))},
+        ValueError,
+        "out_shift",
+        "(7,)",
+    ),
+    (
+        "binary_conv2d",
+        {"threshold_below": np.ones((8, 1), bool)},
+        ValueError,
+        "threshold_below",
+        "(8, 1)",
+    ),
+    (
+        "binary_conv2d",
+        {"bits": poisoned(2, 3, 3, 32, dtype=np.uint8)},
+        ValueError,
+        "bits",
+        "(2, 3, 3, 32)",
+    ),
     # Strides and alignment.
+    (
+        "binary_conv2d",
+        {"bits": poisoned(2, 3, 3, 16, dtype=np.uint8, offset=8)},
+        ValueError,
+        "bits",
+        "address",
+    ),
+    (
+        "binary_conv2d",
+        {"activation": (None, aligned(floats(8), offset=2), None)},
+        ValueError,
+        "slope",
+        "address",
+    ),
+    (
+        "binary_conv2d",
+        {"threshold_below": np.ones(16, bool)[::2]},
+        ValueError,
+        "threshold_below",
+        "stride 2",
+    ),
     ("pack_bits", {"x": floats(2, 16, 5, 10)[..., ::2]}, ValueError, "x", "stride 2"),
     ("pack_bits", {"x": floats(2, 16, 5, 5)[:, :, ::-1]}, ValueError, "x", "stride -5"),
     ("pack_bits", {"x": floats(2, 5, 5, 16).transpose(0, 3, 1, 2)}, ValueError, "x", "stride"),
@@ -1129,8 +1286,22 @@ BAD_ARRAYS = [
             ("residual", floats(2, 3, 3, 8)),
             ("threshold", floats(8)),
             ("threshold", 0.5),
+            ("activation", (None, None, None)),
+            ("threshold_below", np.ones(8, bool)),
+            ("bits", poisoned(2, 3, 3, 16, dtype=np.uint8)),
         )
     ),
+    (
+        "binary_conv2d",
+        {
+            "bits": poisoned(2, 3, 3, 16, dtype=np.uint8),
+            "out": poisoned(2, 3, 3, 16, dtype=np.uint8),
+        },
+        ValueError,
+        "bits",
+        "uint8",
+    ),
+    ("binary_conv2d", {"threshold_below": np.ones(8, bool)}, ValueError, "threshold_below", "floa"),
     ("binary_conv2d", {"threshold": floats(8)}, ValueError, "threshold", "float32"),
     ("binary_conv2d", {"threshold": 0.5}, ValueError, "threshold", "float32"),
     # Layout, stream, threads, kernel.
@@ -1193,8 +1364,9 @@ def test_bad_argument_is_refused_by_name_and_nothing_is_written(
         arguments["shape"] = make(**arguments["shape"])
     with pytest.raises(error) as raised:
         call(function, arguments)
-    if isinstance(arguments["out"], Guarded):
-        arguments["out"].assert_untouched()
+    for output in (arguments["out"], arguments.get("bits")):
+        if isinstance(output, Guarded):
+            output.assert_untouched()
     assert_message(str(raised.value), name, got)
 
 

@@ -64,6 +64,11 @@ def draw(rng):
         "bias": rng.random() < 0.5,
         "residual": rng.choice([None, None, *TYPES[:3]]),
         "threshold": rng.choice([None, "number", "channels"]),
+        "below": rng.random() < 0.5,
+        "with_bits": rng.random() < 0.4,
+        "clamp": rng.random() < 0.4,
+        "prelu": rng.choice([None, [rng.random() < 0.6 for _ in range(3)]]),
+        "gradient": rng.random() < 0.3,
         "seed": rng.randrange(2**31),
     }
 
@@ -92,23 +97,24 @@ def check(case, device):
     geometry = {key: case[key] for key in ("stride", "padding", "dilation", "pad_value")}
     x, w = values(g, case["x"], case["dtype"]), torch.randn(case["w"], generator=g)
     acc = reference_torch.conv2d(x, w, groups=case["groups"], **geometry)
-    filters, arguments = w.shape[0], {}
-    if case["out_dtype"] != torch.int32:
-        for name in ("scale", "bias"):
-            if case[name]:
-                arguments[name] = reference_torch.factors(g, filters)
-        if case["residual"]:
-            arguments["residual"] = (torch.randn(acc.shape, generator=g) * 40).to(case["residual"])
-    y = reference_torch.epilogue(acc, **arguments)
-    arguments = {name: value.to(device) for name, value in arguments.items()}
-    limit = torch.zeros(filters)
-    if case["out_dtype"] == "bits" and case["threshold"]:
-        limit = torch.randn(filters, generator=g) * 10
-        if case["threshold"] == "number":
-            limit = limit[:1].expand(filters)
-        arguments["threshold"] = limit.to(device)
-        if case["threshold"] == "number":
-            arguments["threshold"] = limit[0].item()
+    filters, out_dtype = w.shape[0], case["out_dtype"]
+    arguments = draw_epilogue(g, case, acc.shape)
+    y = reference_torch.epilogue(acc, clamp=case["clamp"], **arguments)
+    arguments = to_device(arguments, device, case["gradient"])
+    with_bits = case["with_bits"] and out_dtype in TYPES
+    limit, below = torch.zeros(filters), torch.zeros(filters, dtype=torch.bool)
+    if with_bits or out_dtype == "bits":
+        if case["threshold"]:
+            limit = torch.randn(filters, generator=g) * 10
+            if case["threshold"] == "number":
+                limit = limit[:1].expand(filters)
+            arguments["threshold"] = limit.to(device)
+            if case["threshold"] == "number":
+                arguments["threshold"] = limit[0].item()
+        if case["below"]:
+            below = torch.rand(filters, generator=g) < 0.5
+            arguments["threshold_below"] = below.to(device)
+    packed = torch.from_numpy(reference.pack(reference.bits_of(y.numpy(), limit, below)))
 
     given = laid_out(x.to(device), case["layout"])
     weight = w.to(device)
@@ -122,20 +128,48 @@ def check(case, device):
         given,
         weight,
         groups=case["groups"],
-        out_dtype=case["out_dtype"],
+        out_dtype=out_dtype,
+        clamp=case["clamp"],
+        with_bits=with_bits,
         **geometry,
         **arguments,
     )
-    if case["out_dtype"] == "bits":
-        expected = reference.pack((y >= limit.reshape(-1, 1, 1)).numpy())
+    if with_bits:
+        got, bits = got
+        assert torch.equal(bits.data.cpu(), packed)
+    if out_dtype == "bits":
         assert isinstance(got, BitTensor)
         assert got.shape == acc.shape
-        assert torch.equal(got.data.cpu(), torch.from_numpy(expected))
-    elif case["out_dtype"] == torch.int32:
-        assert torch.equal(got.cpu().double(), acc)
+        assert torch.equal(got.data.cpu(), packed)
+    elif out_dtype == torch.int32:
+        assert torch.equal(got.cpu().double(), acc.clamp(min=0) if case["clamp"] else acc)
     else:
-        assert got.dtype == case["out_dtype"]
-        assert torch.equal(got.cpu(), y.to(case["out_dtype"]))
+        assert got.dtype == out_dtype
+        assert torch.equal(got.detach().cpu(), y.to(out_dtype))
+
+
+def draw_epilogue(g, case, sizes):
+    """The floats of an epilogue by their names."""
+    arguments = {}
+    if case["out_dtype"] == torch.int32:
+        return arguments
+    for name in ("scale", "bias"):
+        if case[name]:
+            arguments[name] = reference_torch.factors(g, sizes[1])
+    if case["residual"]:
+        arguments["residual"] = (torch.randn(sizes, generator=g) * 40).to(case["residual"])
+    if case["prelu"]:
+        arguments["prelu"] = tuple(
+            reference_torch.factors(g, sizes[1]) if wanted else None for wanted in case["prelu"]
+        )
+    return arguments
+
+
+def to_device(arguments, device, wants_gradient):
+    def moved(value):
+        return value.to(device).requires_grad_(wants_gradient)
+
+    return torch.utils._pytree.tree_map_only(torch.Tensor, moved, arguments)
 
 
 def test_random_convolutions_match_reference(device, fuzz_seed, fuzz_count):

@@ -600,6 +600,194 @@ def test_cuda_graph_replays_new_inputs():
     assert torch.equal(y.cpu().double(), reference_torch.conv2d(x, w, padding=1))
 
 
+# ------------------------------------------------------------------------------ clamp, prelu, bits
+
+
+PRELUS = [None, "slope", *itertools.product((False, True), repeat=3)]
+
+
+def prelu_id(given):
+    names = ("in_shift", "slope", "out_shift")
+    if isinstance(given, tuple):
+        return "+".join(itertools.compress(names, given)) or "relu"
+    return given or "none"
+
+
+def draw_prelu(given, draw, count):
+    """The argument of binary_conv2d, and the parts that it stands for."""
+    if given is None:
+        return None, None
+    if given == "slope":
+        slope = draw(count)
+        return slope, (None, slope, None)
+    parts = tuple(draw(count) if wanted else None for wanted in given)
+    return parts, parts
+
+
+def moved(value, device, requires_grad=False):
+    def move(t):
+        return t.detach().clone().to(device).requires_grad_(requires_grad)
+
+    return torch.utils._pytree.tree_map_only(torch.Tensor, move, value)
+
+
+@pytest.mark.parametrize("given", PRELUS, ids=prelu_id)
+@pytest.mark.parametrize("clamp", [False, True])
+@pytest.mark.parametrize("out_dtype", FLOATS, ids=name_of)
+def test_fused_and_differentiable_steps_match_reference(device, out_dtype, clamp, given):
+    """By floats or bits, with and without gradients: the same numbers, formats and bits."""
+    g = generator(50)
+    x, w = random_values(g, 2, 24, 7, 6), random_values(g, 19, 24, 3, 3)
+    acc = reference_torch.conv2d(x, w, padding=1)
+    prelu, parts = draw_prelu(given, lambda n: factors(g, n) * 20, 19)
+    epilogue = {
+        "scale": factors(g, 19),
+        "bias": factors(g, 19),
+        "residual": integers(g, *acc.shape),
+    }
+    y = reference_torch.epilogue(acc, **epilogue, clamp=clamp, prelu=parts)
+    threshold, below = y[0, :, 2, 2], torch.rand(19, generator=g) < 0.5
+    bits = reference.pack(reference.bits_of(y.numpy(), threshold, below))
+    for layout, prepares, wants_gradient in itertools.product(
+        ("contiguous", "channels_last", "bits"), (False, True), (False, True)
+    ):
+        given_x = channels_last(x).to(device) if layout == "channels_last" else x.to(device)
+        got, got_bits = binary_conv2d(
+            pack_bits(given_x) if layout == "bits" else given_x,
+            prepare_weight(w.to(device)) if prepares else w.to(device),
+            **moved({**epilogue, "prelu": prelu}, device, wants_gradient),
+            padding=1,
+            clamp=clamp,
+            threshold=threshold.to(device),
+            threshold_below=below.to(device),
+            with_bits=True,
+            out_dtype=out_dtype,
+        )
+        assert got.requires_grad == wants_gradient
+        assert got.dtype == out_dtype
+        assert torch.equal(got.detach().cpu(), y.to(out_dtype))
+        assert got.is_contiguous(
+            memory_format=torch.contiguous_format if layout == "contiguous" else torch.channels_last
+        )
+        assert torch.equal(got_bits.data.cpu(), torch.from_numpy(bits))
+
+
+def test_steps_keep_the_sign_of_zero_and_nan_with_and_without_gradients(device):
+    x, w = torch.ones(1, 3, 1, 1, device=device), torch.ones(4, 3, 1, 1, device=device)
+    nan, zero = float("nan"), torch.tensor([-0.0, -0.0, 0.0, -0.0], device=device)
+    bias = torch.tensor([-0.0, nan, -3.0, -0.0], device=device)
+    for slope in (None, torch.full((4,), -1.0, device=device)):
+        for requires_grad in (False, True):
+            y = binary_conv2d(
+                x,
+                w,
+                bias.clone().requires_grad_(requires_grad),
+                scale=zero,
+                prelu=(None, slope, None),
+            ).detach()
+            expected = torch.tensor([-0.0, nan, 0.0 if slope is None else 3.0, -0.0])
+            y = y.cpu().reshape(-1)
+            assert torch.equal(y.nan_to_num(7), expected.nan_to_num(7))
+            assert torch.equal(y.signbit()[[0, 2, 3]], expected.signbit()[[0, 2, 3]])
+
+
+def test_numbers_stand_for_every_channel(device):
+    g = generator(51)
+    x, w = random_values(g, 1, 8, 5, 5).to(device), random_values(g, 4, 8, 3, 3).to(device)
+    quarter = torch.full((4,), 0.25, device=device)
+    expected = binary_conv2d(x, w, prelu=(quarter, quarter, None))
+    assert torch.equal(binary_conv2d(x, w, prelu=(0.25, 0.25, None)), expected)
+    assert torch.equal(binary_conv2d(x, w, prelu=0.25), binary_conv2d(x, w, prelu=quarter))
+
+
+def test_clamped_integers_and_bits_below(device):
+    g = generator(52)
+    x, w = random_values(g, 2, 16, 6, 7), random_values(g, 9, 16, 3, 3)
+    acc = reference_torch.conv2d(x, w)
+    y = binary_conv2d(x.to(device), w.to(device), clamp=True, out_dtype=torch.int32)
+    assert torch.equal(y.cpu().double(), acc.clamp(min=0))
+    below = torch.arange(9, dtype=torch.uint8) % 3
+    bits = binary_conv2d(
+        x.to(device), w.to(device), threshold=2, threshold_below=below.to(device), out_dtype="bits"
+    )
+    expected = reference.pack(reference.bits_of(acc.numpy(), 2, below != 0))
+    assert torch.equal(bits.data.cpu(), torch.from_numpy(expected))
+
+
+STEP_GRADIENTS = ["scale", "bias", "residual", "in_shift", "slope", "out_shift"]
+
+
+@pytest.mark.parametrize("operands", ["floats", "bits"])
+@pytest.mark.parametrize("clamp", [False, True])
+def test_gradients_pass_clamp_and_prelu(device, clamp, operands):
+    """Integers and powers of two: every float32 sum is exact, so gradients are equal."""
+    g = generator(53)
+    x, w = random_values(g, 2, 16, 7, 6), random_values(g, 6, 16, 3, 3)
+    acc = reference_torch.conv2d(x, w, padding=1)
+    assert (acc == 0).any()
+    values = {
+        "scale": powers_of_two(g, 6) * torch.tensor([1, -1, 1, -1, 1, 1]),
+        "bias": integers(g, 6),
+        "residual": integers(g, *acc.shape),
+        "in_shift": integers(g, 6),
+        "slope": powers_of_two(g, 6),
+        "out_shift": integers(g, 6),
+    }
+    grad = integers(g, *acc.shape)
+    prelu = tuple(values[name] for name in STEP_GRADIENTS[3:])
+    to_acc, *expected = reference_torch.step_gradients(
+        acc, grad, *(values[name] for name in STEP_GRADIENTS[:3]), clamp, prelu
+    )
+    leaves = {name: trained(value, device) for name, value in values.items()}
+    given_x, given_w = trained(x, device), trained(w, device)
+    if operands == "bits":
+        given_x, given_w = pack_bits(given_x), prepare_weight(given_w)
+    y = binary_conv2d(
+        given_x,
+        given_w,
+        leaves["bias"],
+        scale=leaves["scale"],
+        residual=leaves["residual"],
+        prelu=tuple(leaves[name] for name in STEP_GRADIENTS[3:]),
+        clamp=clamp,
+        padding=1,
+    )
+    y.backward(grad.to(device))
+    for name, value in zip(STEP_GRADIENTS, expected, strict=True):
+        assert_gradient_is(leaves[name].grad, value)
+    if operands == "floats":
+        expected = reference_torch.gradients(x, w, to_acc, padding=1)
+        assert_gradient_is(given_x.grad, expected[0])
+        assert_gradient_is(given_w.grad, expected[1])
+
+
+def test_prelu_beside_a_lost_gradient_is_refused(device):
+    x = torch.ones(1, 8, 5, 5, device=device, requires_grad=True)
+    w = torch.ones(4, 8, 3, 3, device=device, requires_grad=True)
+    with pytest.raises(ValueError, match=r"x: got .*prepared weight"):
+        binary_conv2d(x, prepare_weight(w), prelu=0.5)
+    with pytest.raises(ValueError, match=r"weight: got .*BitTensor"):
+        binary_conv2d(pack_bits(x), w, clamp=True)
+    bits = binary_conv2d(x, prepare_weight(w), prelu=0.5, out_dtype="bits")
+    assert isinstance(bits, BitTensor)
+
+
+def test_gradient_through_the_fused_operator_is_refused(device):
+    g = generator(54)
+    x, w = random_values(g, 1, 8, 4, 4).to(device), random_values(g, 4, 8, 3, 3).to(device)
+    scale = factors(g, 4).to(device).requires_grad_()
+    y = torch.ops.binconv.packed_conv2d(
+        pack_bits(x).data,
+        prepare_weight(w).data,
+        w.shape,
+        *([1, 1], [0] * 4, [1, 1], 1, 0),
+        *(scale, None, None, 0.0, None, torch.float32, False),
+        clamp=True,
+    )
+    with pytest.raises(NotImplementedError, match="clamp"):
+        y.sum().backward()
+
+
 # ---------------------------------------------------------------------------------------- gradients
 
 
@@ -903,6 +1091,15 @@ def record_calls(device):
             channels_last(x), w, bias, groups=2, scale=scale, residual=residual, padding=1
         )
         binary_conv2d(x.bfloat16(), w, bias, groups=2)
+        below = {"threshold_below": torch.ones(6, dtype=torch.bool, device=x.device)}
+        binary_conv2d(x, prepared, clamp=True, out_dtype=torch.int32)
+        binary_conv2d(x, prepared, out_dtype="bits", prelu=scale, threshold=1.0, **below)
+        binary_conv2d(x, prepared, residual=residual, prelu=(bias, scale, None), **geometry)
+        binary_conv2d(x, prepared, prelu=(None, None, bias), with_bits=True)
+        binary_conv2d(
+            channels_last(x), prepared, bias, threshold=scale, with_bits=True, clamp=True, **below
+        )
+        binary_conv2d(pack_bits(x), prepared, bias, with_bits=True, out_dtype=torch.float16)
         pack_bits(x, scale.repeat(3)[:16]).unpack(torch.float16)
         prepare_weight(pack_weight(w), groups=2, in_channels=8)
         for weight_scale in ("channel", "tensor", None):
@@ -947,7 +1144,8 @@ def test_opcheck_of_every_operator(device):
 def test_opcheck_of_the_differentiable_operators_with_gradients(device):
     checked = set()
     for function, args, kwargs in record_calls(device):
-        if function._schema.is_mutable:
+        steps = args[16:18]  # clamp and activation, whose gradient the fused operator refuses
+        if function._schema.is_mutable or any(steps):
             continue
         wanting, named = torch.utils._pytree.tree_map_only(
             torch.Tensor, lambda t: t.requires_grad_(t.is_floating_point()), (args, kwargs)
@@ -955,6 +1153,7 @@ def test_opcheck_of_the_differentiable_operators_with_gradients(device):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             result = function(*wanting, **named)
+        result = result[0] if isinstance(result, tuple) else result
         if isinstance(result, torch.Tensor) and result.requires_grad:
             key = (str(function), *map(kind, args))
             if key not in checked:
@@ -1025,6 +1224,48 @@ def test_compiled_packed_chain_equals_eager(device):
     for got, eager in zip(compiled(x), forward(x), strict=True):
         assert got.stride() == eager.stride()
         assert torch.equal(got, eager)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_clamp_and_prelu_equal_eager(device, backend):
+    compiles_cpp = backend == "inductor" and device == "cpu"
+    if compiles_cpp and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("no C++ compiler for inductor")
+    g = generator(41)
+    w = random_values(g, 20, 40, 3, 3).to(device)
+    shift, slope = integers(g, 20).to(device), powers_of_two(g, 20).to(device)
+    below = torch.arange(20, device=device) % 2 == 0
+
+    def forward(x):
+        y, bits = binary_conv2d(
+            x,
+            w,
+            padding=1,
+            clamp=True,
+            prelu=(-shift, slope, shift),
+            threshold=1.0,
+            threshold_below=below,
+            with_bits=True,
+        )
+        return y, bits.data
+
+    torch._dynamo.reset()
+    compiled = torch.compile(forward, fullgraph=True, backend=backend)
+    x = random_values(g, 2, 40, 9, 8).to(device)
+    for requires_grad in (False, True):
+        results = []
+        for function in (forward, compiled):
+            leaves = [x.clone().requires_grad_(requires_grad), w, shift, slope]
+            w.requires_grad_(requires_grad)
+            slope.requires_grad_(requires_grad)
+            y, bits = function(leaves[0])
+            results.append([y.detach(), bits])
+            if requires_grad:
+                grad = integers(generator(42), *y.shape).to(device)
+                results[-1] += torch.autograd.grad(y, [leaves[0], w, slope], grad)
+        for eager, got in zip(*results, strict=True):
+            assert torch.equal(got, eager)
+            assert got.stride() == eager.stride()
 
 
 @pytest.mark.parametrize("mode", ["meta", "fake"])
@@ -1179,8 +1420,28 @@ BAD_CALLS = [
             ("bias", torch.ones(8)),
             ("scale", torch.ones(8)),
             ("residual", torch.ones(2, 8, 3, 3)),
+            ("prelu", torch.ones(8)),
+            ("prelu", (None, None, None)),
+            ("threshold_below", torch.ones(8, dtype=torch.bool)),
+            ("with_bits", True),
         )
     ),
+    ({"prelu": [0.0] * 8}, TypeError, "prelu", "list"),
+    ({"prelu": torch.ones(1)}, ValueError, "prelu", r"\(1,\)"),
+    ({"prelu": (None, None)}, ValueError, "prelu", "2"),
+    ({"prelu": ("0", None, None)}, TypeError, "in_shift", "str"),
+    ({"prelu": (None, torch.ones(7), None)}, ValueError, "slope", r"\(7,\)"),
+    ({"prelu": (None, None, torch.ones(8, 1))}, ValueError, "out_shift", r"\(8, 1\)"),
+    ({"threshold_below": torch.ones(8, dtype=torch.bool)}, ValueError, "threshold_below", "floa"),
+    ({"threshold_below": True, "out_dtype": "bits"}, TypeError, "threshold_below", "bool"),
+    ({"threshold_below": torch.ones(8), "with_bits": True}, ValueError, "threshold_below", "floa"),
+    (
+        {"threshold_below": torch.ones(7, dtype=torch.bool), "with_bits": True},
+        ValueError,
+        "threshold_below",
+        r"\(7,\)",
+    ),
+    ({"with_bits": True, "out_dtype": "bits"}, ValueError, "with_bits", "bits"),
 ]
 
 

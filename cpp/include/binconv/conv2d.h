@@ -54,20 +54,42 @@ struct Conv2dShape {
   BINCONV_API int64_t out_width() const;
 };
 
-// What becomes of acc. For kInt32 the output is acc itself and every pointer is null. Otherwise
+// y -> PReLU(y + in_shift[o]) + out_shift[o], where PReLU(v) is v, or slope[o] * v for v < 0:
+// RPReLU of ReActNet (Liu et al., 2020), and with null pointers PReLU and ReLU. A null shift is a
+// step that is left out: that differs from adding 0 in the sign of a -0 alone.
+struct Activation {
+  bool enabled = false;              // If not, every pointer is null.
+  const float* in_shift = nullptr;   // [out_channels]
+  const float* slope = nullptr;      // [out_channels]; null is ReLU: 0 for v < 0.
+  const float* out_shift = nullptr;  // [out_channels]
+};
+
+// What becomes of acc. With `clamp` it is max(acc, 0) from here on. For kInt32 the output is acc
+// itself, and nothing but `clamp` may be set. Otherwise
 //
-//   y = fma(float(acc), scale[o], bias[o]) + residual[n][o][p][q]
+//   y = activation(fma(float(acc), scale[o], bias[o]) + residual[n][o][p][q])
 //
-// in float32, and the output is y rounded once (to nearest, ties to even) to out_type, or for kBits
-// the packed bits of y >= threshold. A null scale counts as 1, a null bias as 0.
+// in float32, where every sum and product but the fma is rounded by itself. The output is y rounded
+// once (to nearest, ties to even) to out_type, or for kBits the packed bits of y. A null scale
+// counts as 1, a null bias as 0; a null residual is left out. A NaN stays a NaN.
+//
+// A bit is y >= threshold, or where threshold_below[o] is not zero y <= threshold, so that a batch
+// normalization of either sign folds into it. It is taken from y before any rounding to out_type,
+// and NaN gives 0 either way. The thresholds are for kBits and for `bits`.
 struct Epilogue {
   DataType out_type = DataType::kFloat32;  // kInt32, kFloat32, kFloat16, kBFloat16 or kBits.
   Layout out_layout = Layout::kNHWC;       // Of the output (kNHWC for kBits) and of the residual.
-  const float* scale = nullptr;            // [out_channels]
-  const float* bias = nullptr;             // [out_channels]
-  const void* residual = nullptr;          // Sizes of the output; may not overlap it.
+  bool clamp = false;
+  const float* scale = nullptr;                 // [out_channels]
+  const float* bias = nullptr;                  // [out_channels]
+  const void* residual = nullptr;               // Sizes of the output; may not overlap it.
   DataType residual_type = DataType::kFloat32;  // kFloat32, kFloat16 or kBFloat16.
-  Threshold threshold;                          // For kBits: bit = y >= threshold.
+  Activation activation;
+  Threshold threshold;
+  const uint8_t* threshold_below = nullptr;  // [out_channels]
+  // Beside a floating-point output, in either layout: where to write the bits of y too. A packed
+  // image of out_channels, 16-byte aligned.
+  void* bits = nullptr;
 };
 
 // Prepared weights: the layout that the kernels of one GPU or CPU read, with what their epilogues

@@ -130,15 +130,16 @@ class TiledConv2d {
           out_height_(args.shape.out_height()),
           out_width_(args.shape.out_width()),
           pixel_bytes_(packed_bytes(args.shape.weight.in_channels)),
+          packed_output_(static_cast<uint8_t*>(
+              args.epilogue.out_type == DataType::kBits ? args.output : args.epilogue.bits)),
           outside_(reinterpret_cast<int32_t*>(static_cast<uint8_t*>(args.workspace) +
                                               worker * bytes(rows))),
           bits_(reinterpret_cast<uint8_t*>(outside_ + pixels(rows) * (rows.taps + 1))) {}
 
     void run(int64_t first_pixel, int64_t count) {
-      if (args_.epilogue.out_type == DataType::kBits) {
+      if (packed_output_) {
         const int64_t pixel_bytes = packed_bytes(args_.shape.weight.out_channels);
-        std::memset(static_cast<uint8_t*>(args_.output) + first_pixel * pixel_bytes, 0,
-                    count * pixel_bytes);
+        std::memset(packed_output_ + first_pixel * pixel_bytes, 0, count * pixel_bytes);
       }
       for (int64_t group = 0; group < rows_.groups; ++group) {
         Position at = position(first_pixel);
@@ -262,7 +263,7 @@ class TiledConv2d {
     }
 
     // The epilogue's per-channel numbers for one block, with what a null pointer stands for filled
-    // in.
+    // in; those of the activation are read where they lie.
     struct Scaling {
       Scaling(const Epilogue& epilogue, int64_t first_channel, int64_t channels) {
         for (int64_t o = 0; o < Isa::kBlock; ++o) {
@@ -272,13 +273,16 @@ class TiledConv2d {
           const float* thresholds = epilogue.threshold.per_channel;
           threshold[o] =
               valid && thresholds ? thresholds[first_channel + o] : epilogue.threshold.value;
+          below[o] =
+              valid && epilogue.threshold_below && epilogue.threshold_below[first_channel + o] != 0;
         }
       }
       alignas(64) float scale[Isa::kBlock], bias[Isa::kBlock], threshold[Isa::kBlock];
+      alignas(64) bool below[Isa::kBlock];
     };
 
     // One row's results to one output pixel.
-    void store(const int32_t* acc, const Scaling& scaling, int64_t pixel, int64_t first_channel,
+    void store(int32_t* acc, const Scaling& scaling, int64_t pixel, int64_t first_channel,
                int64_t channels) const {
       const Epilogue& epilogue = args_.epilogue;
       const int64_t plane = out_height_ * out_width_,
@@ -288,6 +292,9 @@ class TiledConv2d {
       const int64_t offset =
           nhwc ? pixel * out_channels + first_channel
                : (pixel / plane * out_channels + first_channel) * plane + pixel % plane;
+      if (epilogue.clamp) {
+        for (int64_t o = 0; o < Isa::kBlock; ++o) acc[o] = std::max(acc[o], 0);
+      }
       if (epilogue.out_type == DataType::kInt32) {
         write(static_cast<int32_t*>(args_.output) + offset, stride, channels, acc);
         return;
@@ -302,15 +309,34 @@ class TiledConv2d {
           for (int64_t o = 0; o < channels; ++o) y[o] += to_float(residual[o * stride]);
         });
       }
+      if (epilogue.activation.enabled) activate(y, first_channel, channels);
+      if (packed_output_) write_bits(y, scaling, pixel, first_channel, channels);
       switch (epilogue.out_type) {
-        case DataType::kBits:
-          return write_bits(y, scaling.threshold, pixel, first_channel, channels);
+        case DataType::kFloat32:
+          return write(static_cast<float*>(args_.output) + offset, stride, channels, y);
         case DataType::kFloat16:
           return write(static_cast<Half*>(args_.output) + offset, stride, channels, y);
         case DataType::kBFloat16:
           return write(static_cast<BFloat16*>(args_.output) + offset, stride, channels, y);
         default:
-          return write(static_cast<float*>(args_.output) + offset, stride, channels, y);
+          return;
+      }
+    }
+
+    void activate(float* y, int64_t first_channel, int64_t channels) const {
+      const Activation& activation = args_.epilogue.activation;
+      if (const float* shift = activation.in_shift) {
+        for (int64_t o = 0; o < channels; ++o) y[o] += shift[first_channel + o];
+      }
+      if (const float* slope = activation.slope) {
+        for (int64_t o = 0; o < channels; ++o) {
+          y[o] = y[o] < 0 ? slope[first_channel + o] * y[o] : y[o];
+        }
+      } else {
+        for (int64_t o = 0; o < channels; ++o) y[o] = y[o] < 0 ? 0.0f : y[o];
+      }
+      if (const float* shift = activation.out_shift) {
+        for (int64_t o = 0; o < channels; ++o) y[o] += shift[first_channel + o];
       }
     }
 
@@ -330,17 +356,29 @@ class TiledConv2d {
       }
     }
 
-    // Sets the bits of y >= threshold in an output pixel that is zero so far; with groups, a block
-    // can start within a byte.
-    void write_bits(const float* y, const float* threshold, int64_t pixel, int64_t first_channel,
+    void write_bits(const float* y, const Scaling& scaling, int64_t pixel, int64_t first_channel,
                     int64_t channels) const {
-      uint8_t* pixel_bits = static_cast<uint8_t*>(args_.output) +
-                            pixel * packed_bytes(args_.shape.weight.out_channels);
+      const auto above = [&](int64_t o) { return y[o] >= scaling.threshold[o]; };
+      const auto either = [&](int64_t o) {
+        return scaling.below[o] ? y[o] <= scaling.threshold[o] : above(o);
+      };
+      if (args_.epilogue.threshold_below) {
+        set_bits(either, pixel, first_channel, channels);
+      } else {
+        set_bits(above, pixel, first_channel, channels);
+      }
+    }
+
+    // In an output pixel that is zero so far; with groups, a block can start within a byte.
+    template <class Passes>
+    void set_bits(const Passes& passes, int64_t pixel, int64_t first_channel,
+                  int64_t channels) const {
+      uint8_t* pixel_bits = packed_output_ + pixel * packed_bytes(args_.shape.weight.out_channels);
       constexpr int64_t kStep = 32;
       for (int64_t first = 0; first < channels; first += kStep) {
         uint64_t bits = 0;
         for (int64_t o = first; o < std::min(first + kStep, channels); ++o) {
-          bits |= uint64_t{y[o] >= threshold[o]} << (o - first);
+          bits |= uint64_t{passes(o)} << (o - first);
         }
         const int64_t channel = first_channel + first;
         uint8_t* out = pixel_bits + channel / 8;
@@ -351,8 +389,9 @@ class TiledConv2d {
     const Conv2dArgs& args_;
     const Rows& rows_;
     int64_t out_height_, out_width_, pixel_bytes_;
-    int32_t* outside_;  // [pixels][1 + taps]: how many, then which.
-    uint8_t* bits_;     // [pixels][row_bytes]
+    uint8_t* packed_output_;  // Null: no bits are asked for.
+    int32_t* outside_;        // [pixels][1 + taps]: how many, then which.
+    uint8_t* bits_;           // [pixels][row_bytes]
   };
 };
 

@@ -3,6 +3,7 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/numeric.cuh"
+#include "cuda/prepared_weight.h"
 
 // Popcount convolution on plain cores, for any shape and any GPU. The lanes of a warp are 32
 // consecutive output channels, so that weights load coalesced and activations broadcast, and each
@@ -16,44 +17,10 @@ constexpr int kPixels = 8;
 constexpr int kBlockPixels = kThreads / kWarpSize * kPixels;
 constexpr int kWordBits = 32;
 
-// Prepared weights: uint32 [taps][words][channels], then the bit counts of the taps, int32
-// [taps][channels]. The channels beyond out_channels are zero and let every lane of a warp load.
-struct PreparedLayout {
-  int64_t taps;
-  int64_t words;     // Of one tap of one channel.
-  int64_t channels;  // out_channels, rounded up to whole warps.
-
-  __host__ __device__ int64_t bit_words() const { return taps * words * channels; }
-  int64_t bytes() const { return sizeof(uint32_t) * (bit_words() + taps * channels); }
-};
-
-PreparedLayout prepared_layout(const WeightShape& shape) {
-  return {.taps = shape.kernel_height * shape.kernel_width,
-          .words = ceil_div<int64_t>(shape.in_channels / shape.groups, kWordBits),
-          .channels = ceil_div<int64_t>(shape.out_channels, kWarpSize) * kWarpSize};
-}
-
-__global__ void __launch_bounds__(kThreads)
-    prepare_kernel(PreparedLayout layout, int64_t out_channels, int64_t packed_words,
-                   const uint32_t* packed, uint32_t* prepared) {
-  for (int64_t i = grid_index(); i < layout.taps * layout.channels; i += grid_step()) {
-    const int64_t tap = i / layout.channels, channel = i - tap * layout.channels;
-    const uint32_t* from = packed + (channel * layout.taps + tap) * packed_words;
-    uint32_t* to = prepared + tap * layout.words * layout.channels + channel;
-    int count = 0;
-    for (int64_t word = 0; word < layout.words; ++word) {
-      const uint32_t bits = channel < out_channels ? from[word] : 0;
-      to[word * layout.channels] = bits;
-      count += __popc(bits);
-    }
-    prepared[layout.bit_words() + i] = count;
-  }
-}
-
 // What the kernel needs of a Conv2dShape. Extents are below 2^31.
 struct Conv {
   const uint8_t* input;
-  const uint32_t* weights;
+  const uint4* weights;
   const int32_t* tap_counts;
   PreparedLayout prepared;
   int64_t pixel_bytes;
@@ -101,6 +68,10 @@ struct ChunkLoad {
     const uint4 chunk = *reinterpret_cast<const uint4*>(group + word * sizeof(uint32_t));
     words[0] = chunk.x, words[1] = chunk.y, words[2] = chunk.z, words[3] = chunk.w;
   }
+  static __device__ void load_weight(const uint4* chunk, int, uint32_t (&words)[kWords]) {
+    const uint4 bits = *chunk;
+    words[0] = bits.x, words[1] = bits.y, words[2] = bits.z, words[3] = bits.w;
+  }
 };
 
 // Where it can start and end at any byte, it loads from the one or two aligned words that hold its
@@ -116,14 +87,18 @@ struct ByteLoad {
     const uint32_t high = 8 * skipped + taken > kWordBits ? aligned[1] : 0;
     words[0] = __funnelshift_r(low, high, 8 * skipped) & (~0u >> (kWordBits - taken));
   }
+  static __device__ void load_weight(const uint4* chunk, int word, uint32_t (&words)[kWords]) {
+    words[0] = reinterpret_cast<const uint32_t*>(chunk)[word % kChunkWords];
+  }
 };
 
 // Counts two down for every bit of a tap that differs: an equal bit is worth 1, a differing one -1,
 // and acc starts from all bits. Null groups are outside the image.
 template <class Load>
 __device__ void subtract_differences(const Conv& conv, const uint8_t* const (&groups)[kPixels],
-                                     const uint32_t* weights, int32_t (&acc)[kPixels]) {
-  const int words = conv.prepared.words;
+                                     const uint4* weights, int32_t (&acc)[kPixels]) {
+  const int64_t chunk_step = conv.prepared.taps * conv.prepared.channels;
+  const int words = ceil_div(conv.group_in_channels, kWordBits);
 #pragma unroll 1
   for (int word = 0; word < words; word += Load::kWords) {
     uint32_t activations[kPixels][Load::kWords] = {};
@@ -132,13 +107,12 @@ __device__ void subtract_differences(const Conv& conv, const uint8_t* const (&gr
       if (!groups[p]) continue;
       Load::load(groups[p], word, conv.group_in_channels - word * kWordBits, activations[p]);
     }
+    uint32_t weight[Load::kWords];
+    Load::load_weight(weights + word / kChunkWords * chunk_step, word, weight);
 #pragma unroll
     for (int k = 0; k < Load::kWords; ++k) {
-      if (word + k >= words) break;
-      const uint32_t weight = *weights;
-      weights += conv.prepared.channels;
 #pragma unroll
-      for (int p = 0; p < kPixels; ++p) acc[p] -= 2 * __popc(activations[p][k] ^ weight);
+      for (int p = 0; p < kPixels; ++p) acc[p] -= 2 * __popc(activations[p][k] ^ weight[k]);
     }
   }
 }
@@ -148,7 +122,7 @@ template <class Load>
 __device__ void convolve(const Conv& conv, const Window& lane_window, int64_t channel,
                          int64_t group, int32_t (&acc)[kPixels]) {
   const uint8_t* input = conv.input + group * (conv.group_in_channels / 8);
-  const uint32_t* weights = conv.weights + channel;
+  const uint4* weights = conv.weights + channel;
   const int32_t* tap_count = conv.tap_counts + channel;
   for (int32_t& value : acc) value = conv.prepared.taps * conv.group_in_channels;
   for (uint32_t i = 0; i < conv.kernel_height; ++i) {
@@ -165,7 +139,7 @@ __device__ void convolve(const Conv& conv, const Window& lane_window, int64_t ch
       const int32_t padding = (conv.pad_value + 1) * (2 * *tap_count - conv.group_in_channels);
 #pragma unroll
       for (int p = 0; p < kPixels; ++p) acc[p] += groups[p] ? 0 : padding;
-      weights += conv.prepared.words * conv.prepared.channels;
+      weights += conv.prepared.channels;
       tap_count += conv.prepared.channels;
     }
   }
@@ -174,7 +148,7 @@ __device__ void convolve(const Conv& conv, const Window& lane_window, int64_t ch
 template <class Load>
 __global__ void __launch_bounds__(kThreads) conv2d_kernel(Conv conv, Output output) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int64_t channel_blocks = conv.prepared.channels / kWarpSize;
+  const int64_t channel_blocks = ceil_div<int64_t>(output.channels, kWarpSize);
   const int64_t blocks = ceil_div<int64_t>(output.pixels, kBlockPixels) * channel_blocks;
   for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
     const int64_t pixel_block = block / channel_blocks;
@@ -199,28 +173,14 @@ __global__ void __launch_bounds__(kThreads) conv2d_kernel(Conv conv, Output outp
 
 bool runs_on(const Target& target) { return target.is_cuda && target.compute_capability >= 75; }
 
-int64_t prepared_bytes(const WeightShape& shape) { return prepared_layout(shape).bytes(); }
-
-void prepare(const WeightShape& shape, const uint8_t* packed, uint8_t* prepared,
-             const Queue& queue) {
-  const PreparedLayout layout = prepared_layout(shape);
-  const int64_t packed_words = packed_bytes(shape.in_channels / shape.groups) / sizeof(uint32_t);
-  launch("prepare_weight", queue, ceil_div<int64_t>(layout.taps * layout.channels, kThreads),
-         kThreads, prepare_kernel, layout, shape.out_channels, packed_words,
-         reinterpret_cast<const uint32_t*>(packed), reinterpret_cast<uint32_t*>(prepared));
-}
-
-int64_t no_workspace(const Conv2dShape&, const Queue&) { return 0; }
-
 Conv conv_of(const Conv2dArgs& args) {
   const Conv2dShape& shape = args.shape;
   const WeightShape& weight = shape.weight;
   const PreparedLayout layout = prepared_layout(weight);
-  const uint32_t* prepared = reinterpret_cast<const uint32_t*>(args.prepared_weight);
   const auto narrow = [](int64_t extent) { return static_cast<uint32_t>(extent); };
   return {.input = args.input,
-          .weights = prepared,
-          .tap_counts = reinterpret_cast<const int32_t*>(prepared + layout.bit_words()),
+          .weights = reinterpret_cast<const uint4*>(args.prepared_weight),
+          .tap_counts = reinterpret_cast<const int32_t*>(args.prepared_weight + layout.bit_bytes()),
           .prepared = layout,
           .pixel_bytes = packed_bytes(weight.in_channels),
           .in_height = narrow(shape.in_height),
@@ -242,8 +202,10 @@ Conv conv_of(const Conv2dArgs& args) {
 Output output_of(const Conv2dArgs& args) {
   const int64_t plane_pixels = args.shape.out_height() * args.shape.out_width();
   const int64_t channels = args.shape.weight.out_channels;
+  void* const bits = args.epilogue.out_type == DataType::kBits ? args.output : args.epilogue.bits;
   return {.epilogue = args.epilogue,
           .data = args.output,
+          .bits = static_cast<uint32_t*>(bits),
           .pixels = args.shape.batch * plane_pixels,
           .plane_pixels = plane_pixels,
           .channels = channels,
@@ -253,8 +215,8 @@ Output output_of(const Conv2dArgs& args) {
 void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
   const Conv conv = conv_of(args);
   const Output output = output_of(args);
-  const int64_t blocks =
-      ceil_div<int64_t>(output.pixels, kBlockPixels) * (conv.prepared.channels / kWarpSize);
+  const int64_t blocks = ceil_div<int64_t>(output.pixels, kBlockPixels) *
+                         ceil_div<int64_t>(output.channels, kWarpSize);
   const bool has_chunks = args.shape.weight.groups == 1 || conv.group_in_channels % 128 == 0;
   launch("binary_conv2d", queue, blocks, kThreads,
          has_chunks ? conv2d_kernel<ChunkLoad> : conv2d_kernel<ByteLoad>, conv, output);
@@ -266,7 +228,7 @@ const Kernel kConv2dDirect = {.name = "cuda_direct",
                               .runs_on = runs_on,
                               .accepts = accepts_any_shape,
                               .prepared_bytes = prepared_bytes,
-                              .prepare = prepare,
+                              .prepare = prepare_weight,
                               .workspace_bytes = no_workspace,
                               .launch = launch_conv2d};
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <string_view>
 #include <vector>
 
 #include "binconv/kernels.h"
@@ -13,7 +14,14 @@ namespace binconv::cuda {
 
 int compute_capability(
     int device);  // 10 * major + minor; throws for an ordinal that does not exist.
+int multiprocessors(int device);
+int shared_bytes(int device);  // That one thread block can have.
 std::vector<CudaDevice> devices();
+int64_t no_workspace(const Conv2dShape&, const Queue&);  // For rows of the kernel table.
+
+// Whether the library was compiled for an architecture such as "90a": where it was not, the body of
+// a kernel that needs it is empty.
+bool has_machine_code(std::string_view architecture);
 
 void pack_bits(const ImageShape& shape, const void* x, DataType type, Layout layout,
                const Threshold& threshold, uint8_t* packed, const Queue& queue);
@@ -25,5 +33,7 @@ void scale_channels(const ImageShape& shape, const void* x, DataType type, Layou
                     const float* scale, void* out, const Queue& queue);
 
 extern const Kernel kConv2dDirect;
+extern const Kernel kConv2dSm80;
+extern const Kernel kConv2dSm90;
 
 }  // namespace binconv::cuda

@@ -1,3 +1,4 @@
+#include <sstream>
 #include <string>
 
 #include "check.h"
@@ -31,6 +32,21 @@ int compute_capability(int device) {
   return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
          attribute(cudaDevAttrComputeCapabilityMinor, device);
 }
+
+int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
+
+int shared_bytes(int device) { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
+
+bool has_machine_code(std::string_view architecture) {
+  std::istringstream all(cuda_architectures());  // "80-real 90a-real 75-virtual"
+  for (std::string name; all >> name;) {
+    const std::string_view number = std::string_view(name).substr(0, name.find('-'));
+    if (number == architecture && !name.ends_with("-virtual")) return true;
+  }
+  return false;
+}
+
+int64_t no_workspace(const Conv2dShape&, const Queue&) { return 0; }
 
 std::vector<CudaDevice> devices() {
   int count = 0;

@@ -42,18 +42,46 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Queues a kernel of one-dimensional blocks. A grid holds at most 2^31 - 1 blocks, so every kernel
-// loops until its work is done, whatever gridDim is.
+struct Launch {
+  dim3 blocks;
+  int threads;
+  size_t shared_bytes = 0;
+  // The kernel may start before the one ahead of it in the stream has ended; it waits by itself
+  // (programmatic dependent launch, from sm_90 up).
+  bool overlaps = false;
+};
+
+template <class... Parameters, class... Arguments>
+void launch(const char* operation, const Queue& queue, const Launch& shape,
+            void (*kernel)(Parameters...), const Arguments&... arguments) {
+  const DeviceGuard guard(queue.device(), operation);
+  constexpr size_t kDefaultSharedBytes = 48 * 1024;
+  if (shape.shared_bytes > kDefaultSharedBytes) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shape.shared_bytes)),
+               operation);
+  }
+  cudaLaunchAttribute overlap = {};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = shape.blocks;
+  config.blockDim = dim3(shape.threads);
+  config.dynamicSmemBytes = shape.shared_bytes;
+  config.stream = queue.stream();
+  config.attrs = &overlap;
+  config.numAttrs = shape.overlaps ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), operation);
+}
+
+// For kernels that loop until their work is done, whatever gridDim is: a grid holds at most
+// 2^31 - 1 blocks.
 template <class... Parameters, class... Arguments>
 void launch(const char* operation, const Queue& queue, int64_t blocks, int threads,
             void (*kernel)(Parameters...), const Arguments&... arguments) {
-  const DeviceGuard guard(queue.device(), operation);
-  cudaLaunchConfig_t config = {};
-  config.gridDim.x =
-      static_cast<unsigned>(std::min<int64_t>(blocks, std::numeric_limits<int32_t>::max()));
-  config.blockDim.x = threads;
-  config.stream = queue.stream();
-  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), operation);
+  const int64_t limit = std::numeric_limits<int32_t>::max();
+  launch(operation, queue, Launch{static_cast<unsigned>(std::min(blocks, limit)), threads}, kernel,
+         arguments...);
 }
 
 // Run-time choices made compile-time: `function` is called with a tag that carries the type or

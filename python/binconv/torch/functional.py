@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 VALUES = (*FLOATS, torch.int8)
 
 Padding = int | Sequence[int] | Literal["same", "valid"]
+# Slopes, or (in_shift, slope, out_shift); each one number for all channels, or one for each.
+Factor = float | Tensor
+PReLU = Factor | tuple[Factor | None, Factor | None, Factor | None]
 
 
 class PreparedWeight:
@@ -100,11 +103,15 @@ def binary_conv2d(
     residual: Tensor | None = None,
     threshold: float | Tensor | None = None,
     out_dtype: torch.dtype | Literal["bits"] | None = None,
-) -> Tensor | BitTensor:
+    clamp: bool = False,
+    prelu: PReLU | None = None,
+    threshold_below: Tensor | None = None,
+    with_bits: bool = False,
+) -> Tensor | BitTensor | tuple[Tensor, BitTensor]:
     """Convolution of signs: torch.nn.functional.conv2d(sign(x), sign(weight)), computed on bits.
 
-    With acc that exact integer, the result is y = fma(acc, scale, bias) + residual, in float32,
-    rounded once to out_dtype. sign(0) is +1, sign(NaN) is -1.
+    With acc that exact integer, the result is y = prelu(fma(acc, scale, bias) + residual), in
+    float32, rounded once to out_dtype. sign(0) is +1, sign(NaN) is -1.
 
     Args:
         x: (N, C, H, W) float32, float16, bfloat16 or int8, or a BitTensor.
@@ -118,60 +125,235 @@ def binary_conv2d(
         pad_value: what pixels outside the image count as: 0, 1 or -1.
         scale: a number or (O,).
         residual: float tensor of the output's shape.
-        threshold: for "bits": the output bit is y >= threshold, a number or (O,); 0 unless given.
+        threshold: for bits: the output bit is y >= threshold, a number or (O,); 0 unless given.
         out_dtype: float32, float16, bfloat16; torch.int32 for acc itself; "bits" for a BitTensor.
             None is x's dtype, or float32 where that is no float type.
+        clamp: takes max(acc, 0) for acc, also for int32.
+        prelu: slopes, a number or (O,), or a tuple (in_shift, slope, out_shift) of such or None:
+            y becomes PReLU(y + in_shift) + out_shift, the RPReLU of ReActNet (Liu et al., 2020).
+            In a tuple a slope of None is 0, that is ReLU, and a shift of None is left out.
+        threshold_below: for bits: bool or uint8 (O,); where true the bit is y <= threshold.
+        with_bits: also returns the bits of y, taken before it is rounded to a float out_dtype.
 
     Returns:
-        (N, O, OH, OW), in channels_last memory format if x is a BitTensor or in that format itself.
+        (N, O, OH, OW), in channels_last memory format if x is a BitTensor or in that format itself;
+        with_bits a tuple of that and a BitTensor.
 
     For float x and weight and float output, gradients pass the signs by the clipped
     straight-through estimator: d sign(v) / dv = 1 where |v| <= 1, else 0 (Hubara et al., 2016,
-    Binarized Neural Networks); those of bias, scale and residual are exact. Bits and prepared
-    weights carry none: an x or weight that requires a gradient is refused where it would be lost.
+    Binarized Neural Networks); those of bias, scale, residual and prelu are exact, and where clamp
+    and prelu bend, at 0, those of the positive side. Bits and prepared weights carry none: an x or
+    weight that requires a gradient is refused where it would be lost.
     """
-    packed = x.data if isinstance(x, BitTensor) else None
-    channels = check_tensor("x", x, VALUES, rank=4).shape[1] if packed is None else x.shape[1]
+    channels = (x if isinstance(x, BitTensor) else check_tensor("x", x, VALUES, rank=4)).shape[1]
     groups = _check_weight(x, weight, channels, groups)
     out_channels, _, *kernel = weight.shape
     geometry = geometry_arguments(stride, padding, dilation, kernel, groups, pad_value)
     dtype = _out_dtype(x, out_dtype)
-    scale = _per_channel("scale", scale, out_channels, x.device)
-    bias = _per_channel("bias", bias, out_channels, x.device)
     sizes = ops.out_sizes(x.shape[0], x.shape[2:], weight.shape, *geometry[:3])
-    if residual is not None:
-        check_tensor("residual", residual, FLOATS, rank=4)
-        check_device("residual", residual, x.device)
-        if residual.shape != sizes:
-            raise ValueError(f"residual: got shape {tuple(residual.shape)}, expected {sizes}")
-    if threshold is not None and dtype is not None:
-        raise ValueError(f"threshold: got one for out_dtype {dtype}, expected it for 'bits' only")
-
-    if isinstance(x, Tensor) and isinstance(weight, Tensor) and dtype in FLOATS:
-        if wants_gradient(x, weight, scale, bias, residual):
-            return sign_conv2d(
-                x, weight, geometry, dtype, scale=scale, bias=bias, residual=residual
-            )
-        y: Tensor = torch.ops.binconv.conv2d(
-            x, weight, None, *geometry, scale, bias, residual, dtype
-        )
-        return y
-    if isinstance(x, Tensor):
-        _refuse_lost_gradient("x", x, dtype, "a prepared weight")
-        packed = torch.ops.binconv.pack_bits(x, 0.0, None)
-    if isinstance(weight, Tensor):
-        _refuse_lost_gradient("weight", weight, dtype, "a BitTensor")
-        weight = prepare_weight(weight, groups)
-    limits = _threshold(threshold, out_channels, x.device)
-    channels_last = dtype is None or isinstance(x, BitTensor) or ops.is_channels_last(x)
-    epilogue = (scale, bias, residual, *limits, dtype)
-    out: Tensor = torch.ops.binconv.packed_conv2d(
-        packed, weight.data, weight.shape, *geometry, *epilogue, channels_last
+    epilogue = Epilogue(
+        scale=_per_channel("scale", scale, out_channels, x.device),
+        bias=_per_channel("bias", bias, out_channels, x.device),
+        residual=_checked_residual(residual, sizes, x.device),
+        clamp=clamp,
+        activation=_activation(prelu, out_channels, x.device),
+        limits=_threshold(threshold, out_channels, x.device),
+        below=_flags("threshold_below", threshold_below, out_channels, x.device),
+        dtype=dtype,
+        with_bits=with_bits,
+        channels_last=dtype is None or isinstance(x, BitTensor) or ops.is_channels_last(x),
     )
-    return BitTensor(out, out_channels) if dtype is None else out
+    _check_outputs(epilogue, has_threshold=threshold is not None)
+
+    is_plain = not (clamp or epilogue.activation or with_bits)
+    if dtype in FLOATS and is_plain and isinstance(x, Tensor) and isinstance(weight, Tensor):
+        convolve = _convolution(x, weight, geometry, epilogue.channels_last)
+        return convolve(epilogue.scale, epilogue.bias, residual, dtype)
+    if dtype in FLOATS and not is_plain and _need_gradient(x, weight, epilogue):
+        return _in_steps(x, weight, geometry, epilogue)
+    return _fused(x, weight, geometry, epilogue)
 
 
 Geometry = tuple[list[int], list[int], list[int], int, int]
+Activation = tuple[Tensor | None, Tensor | None, Tensor | None]
+# From scale, bias, residual and out_dtype.
+Convolution = Callable[[Tensor | None, Tensor | None, Tensor | None, torch.dtype | None], Tensor]
+
+
+class Epilogue(NamedTuple):
+    """What a convolution ends with, checked and in the form that the operators take."""
+
+    scale: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    clamp: bool
+    activation: Activation | None
+    limits: tuple[float, Tensor | None]
+    below: Tensor | None
+    dtype: torch.dtype | None
+    with_bits: bool
+    channels_last: bool
+
+
+def _fused(
+    x: Tensor | BitTensor, weight: Tensor | PreparedWeight, geometry: Geometry, epilogue: Epilogue
+) -> Tensor | BitTensor | tuple[Tensor, BitTensor]:
+    scale, bias, residual, clamp, activation, limits, below, dtype, with_bits, last = epilogue
+    packed, prepared = _packed_operands(x, weight, dtype, geometry[3])
+    steps = (False, None, None, None) if activation is None else (True, *activation)
+    arguments = (scale, bias, residual, *limits, dtype, last, below, clamp, *steps)
+    operands = (packed, prepared.data, prepared.shape, *geometry)
+    if with_bits:
+        out, bits = torch.ops.binconv.packed_conv2d_with_bits(*operands, *arguments)
+        return out, BitTensor(bits, prepared.shape[0])
+    out = torch.ops.binconv.packed_conv2d(*operands, *arguments)
+    return BitTensor(out, prepared.shape[0]) if dtype is None else out
+
+
+def _packed_operands(
+    x: Tensor | BitTensor, weight: Tensor | PreparedWeight, dtype: torch.dtype | None, groups: int
+) -> tuple[Tensor, PreparedWeight]:
+    if isinstance(x, Tensor):
+        _refuse_lost_gradient("x", x, dtype, "a prepared weight")
+        packed = torch.ops.binconv.pack_bits(x, 0.0, None)
+    else:
+        packed = x.data
+    if isinstance(weight, Tensor):
+        _refuse_lost_gradient("weight", weight, dtype, "a BitTensor")
+        weight = prepare_weight(weight, groups)
+    return packed, weight
+
+
+def _need_gradient(x: object, weight: object, epilogue: Epilogue) -> bool:
+    operands = (t if isinstance(t, Tensor) else None for t in (x, weight))
+    factors = (epilogue.scale, epilogue.bias, epilogue.residual, *(epilogue.activation or ()))
+    return wants_gradient(*operands, *factors)
+
+
+def _convolution(
+    x: Tensor | BitTensor, weight: Tensor | PreparedWeight, geometry: Geometry, channels_last: bool
+) -> Convolution:
+    """A convolution whose operator knows the gradients of everything that it is given."""
+    if isinstance(x, Tensor) and isinstance(weight, Tensor):
+        return lambda *epilogue: _convolve_floats(x, weight, geometry, *epilogue)
+    packed, prepared = _packed_operands(x, weight, torch.float32, geometry[3])
+    operands = (packed, prepared.data, prepared.shape, *geometry)
+
+    def convolve(
+        scale: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        y: Tensor = torch.ops.binconv.packed_conv2d(
+            *operands, scale, bias, residual, 0.0, None, dtype, channels_last
+        )
+        return y
+
+    return convolve
+
+
+def _convolve_floats(
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    if wants_gradient(x, weight, scale, bias, residual):
+        return sign_conv2d(x, weight, geometry, dtype, scale=scale, bias=bias, residual=residual)
+    y: Tensor = torch.ops.binconv.conv2d(x, weight, None, *geometry, scale, bias, residual, dtype)
+    return y
+
+
+def _in_steps(
+    x: Tensor | BitTensor, weight: Tensor | PreparedWeight, geometry: Geometry, epilogue: Epilogue
+) -> Tensor | tuple[Tensor, BitTensor]:
+    """What the fused epilogue computes, to the last bit, in operations that have gradients."""
+    convolve = _convolution(x, weight, geometry, epilogue.channels_last)
+    scale, bias, residual = epilogue.scale, epilogue.bias, epilogue.residual
+    y = convolve(scale, bias, residual, torch.float32)
+    if epilogue.clamp:
+        with torch.no_grad():
+            acc = convolve(None, None, None, torch.float32)
+        # Where acc is 0, the fma has one term, which needs no fused operation.
+        y = torch.where(acc >= 0, y, _add(_of_zero(scale, bias, y), residual))
+    if epilogue.activation is not None:
+        y = _activate(y, epilogue.activation)
+    assert epilogue.dtype is not None
+    out = _in_format(y.to(epilogue.dtype), epilogue.channels_last)
+    if not epilogue.with_bits:
+        return out
+    return out, _bits_of(y.detach(), epilogue.limits, epilogue.below)
+
+
+def _activate(y: Tensor, activation: Activation) -> Tensor:
+    in_shift, slope, out_shift = (None if v is None else _column(v) for v in activation)
+    y = _add(y, in_shift)
+    zero = torch.zeros((), device=y.device)
+    return _add(torch.where(y < 0, zero if slope is None else slope * y, y), out_shift)
+
+
+def _column(per_channel: Tensor) -> Tensor:
+    return per_channel.view(1, -1, 1, 1)
+
+
+def _add(x: Tensor, other: Tensor | None) -> Tensor:
+    return x if other is None else x + other
+
+
+def _of_zero(scale: Tensor | None, bias: Tensor | None, like: Tensor) -> Tensor:
+    """fma(0, scale, bias) for each channel."""
+    zero = torch.zeros((1, 1, 1, 1), device=like.device)
+    product = zero if scale is None else _column(scale) * zero
+    return product + (zero if bias is None else _column(bias))
+
+
+def _in_format(x: Tensor, channels_last: bool) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return x.contiguous(memory_format=memory_format)
+
+
+def _bits_of(y: Tensor, limits: tuple[float, Tensor | None], below: Tensor | None) -> BitTensor:
+    value, per_channel = limits
+    if below is not None:  # y <= t is -y >= -t.
+        flip = below != 0
+        if per_channel is None:
+            per_channel = torch.full_like(flip, value, dtype=torch.float32)
+        per_channel = torch.where(flip, -per_channel, per_channel)
+        y = torch.where(_column(flip), -y, y)
+    return BitTensor(torch.ops.binconv.pack_bits(y, value, per_channel), y.shape[1])
+
+
+def _checked_residual(
+    residual: Tensor | None, sizes: Sequence[int], device: torch.device
+) -> Tensor | None:
+    if residual is not None:
+        check_tensor("residual", residual, FLOATS, rank=4)
+        check_device("residual", residual, device)
+        if residual.shape != sizes:
+            raise ValueError(f"residual: got shape {tuple(residual.shape)}, expected {sizes}")
+    return residual
+
+
+def _check_outputs(epilogue: Epilogue, has_threshold: bool) -> None:
+    dtype = epilogue.dtype
+    if dtype == torch.int32 and epilogue.activation is not None:
+        raise ValueError("prelu: got one for out_dtype torch.int32, expected none")
+    if epilogue.with_bits and dtype not in FLOATS:
+        raise ValueError(
+            f"with_bits: got True for out_dtype {dtype or 'bits'}, expected it for a float type"
+        )
+    if dtype is None or epilogue.with_bits:
+        return
+    has_below = epilogue.below is not None
+    for name, given in (("threshold", has_threshold), ("threshold_below", has_below)):
+        if given:
+            raise ValueError(
+                f"{name}: got one for out_dtype {dtype}, expected it for 'bits' or with_bits only"
+            )
 
 
 def _refuse_lost_gradient(name: str, value: Tensor, dtype: torch.dtype | None, other: str) -> None:
@@ -302,6 +484,33 @@ def _per_channel(
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({channels},)")
     check_device(name, value, device)
     return value.to(torch.float32).contiguous()
+
+
+def _activation(prelu: PReLU | None, channels: int, device: torch.device) -> Activation | None:
+    if prelu is None:
+        return None
+    if not isinstance(prelu, tuple):
+        return None, _per_channel("prelu", prelu, channels, device), None
+    if len(prelu) != 3:
+        raise ValueError(
+            f"prelu: got a tuple of {len(prelu)}, expected (in_shift, slope, out_shift)"
+        )
+    in_shift, slope, out_shift = (
+        _per_channel(f"prelu {name}", value, channels, device)
+        for name, value in zip(("in_shift", "slope", "out_shift"), prelu, strict=True)
+    )
+    return in_shift, slope, out_shift
+
+
+def _flags(name: str, value: Tensor | None, channels: int, device: torch.device) -> Tensor | None:
+    """One uint8 for each channel, not 0 for true."""
+    if value is None:
+        return None
+    check_tensor(name, value, (torch.bool, torch.uint8), rank=1)
+    if value.shape != (channels,):
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({channels},)")
+    check_device(name, value, device)
+    return value.to(torch.uint8).contiguous()
 
 
 def _threshold(

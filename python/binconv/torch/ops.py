@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 import binconv
 
@@ -28,11 +29,14 @@ _library.define(
     "refresh_weight(Tensor weight, int groups, bool per_channel, Tensor(a!) prepared, "
     "Tensor(b!) scale, Tensor stamp) -> ()"
 )
-_library.define(
-    "packed_conv2d(Tensor packed, Tensor prepared, int[4] weight_shape, "
-    f"{_GEOMETRY}, {_EPILOGUE}, float threshold, Tensor? channel_threshold, "
-    "ScalarType? out_dtype, bool channels_last) -> Tensor"
+_PACKED_CONV2D = (
+    f"(Tensor packed, Tensor prepared, int[4] weight_shape, {_GEOMETRY}, {_EPILOGUE}, "
+    "float threshold, Tensor? channel_threshold, ScalarType? out_dtype, bool channels_last, "
+    "Tensor? threshold_below=None, bool clamp=False, bool activation=False, "
+    "Tensor? in_shift=None, Tensor? slope=None, Tensor? out_shift=None)"
 )
+_library.define(f"packed_conv2d{_PACKED_CONV2D} -> Tensor")
+_library.define(f"packed_conv2d_with_bits{_PACKED_CONV2D} -> (Tensor, Tensor)")
 _library.define(
     f"conv2d(Tensor x, Tensor weight, Tensor? prepared, {_GEOMETRY}, {_EPILOGUE}, "
     "ScalarType out_dtype) -> Tensor"
@@ -70,11 +74,16 @@ def _dense(x: Tensor) -> tuple[Tensor, Literal["nchw", "nhwc"]]:
     return x.contiguous(), "nchw"
 
 
+def _array(x: Tensor) -> Any:
+    """A tensor for the neutral functions, which take a capsule in a fifth of a tensor's time."""
+    return to_dlpack(x.detach())
+
+
 def _pack_bits(x: Tensor, threshold: float, channel_threshold: Tensor | None) -> Tensor:
     array, layout = _dense(x)
     packed = _new_packed(x.shape, x)
     limit = threshold if channel_threshold is None else channel_threshold.detach()
-    binconv.pack_bits(array, packed, layout=layout, threshold=limit, **_queue(x))
+    binconv.pack_bits(_array(array), _array(packed), layout=layout, threshold=limit, **_queue(x))
     return packed
 
 
@@ -182,7 +191,18 @@ class _Source:
         )
 
 
-def _packed_conv2d(
+def _packed_conv2d(*arguments: Any) -> Tensor:
+    return _run_packed_conv2d(False, *arguments)[0]
+
+
+def _packed_conv2d_with_bits(*arguments: Any) -> tuple[Tensor, Tensor]:
+    out, bits = _run_packed_conv2d(True, *arguments)
+    assert bits is not None
+    return out, bits
+
+
+def _run_packed_conv2d(
+    with_bits: bool,
     packed: Tensor,
     prepared: Tensor,
     weight_shape: Sequence[int],
@@ -198,7 +218,13 @@ def _packed_conv2d(
     channel_threshold: Tensor | None,
     out_dtype: torch.dtype | None,
     channels_last: bool,
-) -> Tensor:
+    threshold_below: Tensor | None = None,
+    clamp: bool = False,
+    activation: bool = False,
+    in_shift: Tensor | None = None,
+    slope: Tensor | None = None,
+    out_shift: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
     batch, height, width, _ = packed.shape
     shape = binconv.Conv2dShape(
         batch,
@@ -215,25 +241,35 @@ def _packed_conv2d(
     workspace = torch.empty(scratch, dtype=torch.uint8, device=packed.device) if scratch else None
     sizes = (batch, shape.weight.out_channels, shape.out_height, shape.out_width)
     out = _new_output(sizes, packed, out_dtype, channels_last)
+    bits = _new_packed(sizes, packed) if with_bits else None
     limit: Tensor | float | None = None
-    if out_dtype is None:
+    if with_bits or out_dtype is None:
         limit = threshold if channel_threshold is None else channel_threshold.detach()
+    shifts_and_slope = tuple(_optional_array(x) for x in (in_shift, slope, out_shift))
     binconv.binary_conv2d(
         shape,
-        _bits(packed),
-        _bits(prepared),
-        out if out_dtype is None else _in_layout(out, channels_last),
+        _array(_bits(packed)),
+        _array(_bits(prepared)),
+        _array(out if out_dtype is None else _in_layout(out, channels_last)),
         layout="nhwc" if channels_last else "nchw",
-        scale=None if scale is None else scale.detach(),
-        bias=None if bias is None else bias.detach(),
+        clamp=clamp,
+        scale=_optional_array(scale),
+        bias=_optional_array(bias),
         residual=None
         if residual is None
-        else _in_layout(residual.detach(), channels_last).contiguous(),
+        else _array(_in_layout(residual, channels_last).contiguous()),
+        activation=shifts_and_slope if activation else None,
         threshold=limit,
-        workspace=workspace,
+        threshold_below=_optional_array(threshold_below),
+        bits=_optional_array(bits),
+        workspace=_optional_array(workspace),
         **queue,
     )
-    return out
+    return out, bits
+
+
+def _optional_array(x: Tensor | None) -> Any:
+    return None if x is None else _array(x)
 
 
 def _in_layout(x: Tensor, channels_last: bool) -> Tensor:
@@ -281,9 +317,14 @@ def _fake_packed_conv2d(
     *others: Any,
 ) -> Tensor:
     batch, *in_sizes, _ = packed.shape
-    *_, out_dtype, channels_last = others
+    out_dtype, channels_last = others[7:9]
     sizes = out_sizes(batch, in_sizes, weight_shape, stride, padding, dilation)
     return _new_output(sizes, packed, out_dtype, channels_last)
+
+
+def _fake_packed_conv2d_with_bits(packed: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    out = _fake_packed_conv2d(packed, *others)
+    return out, _new_packed(out.shape, packed)
 
 
 def _conv2d(
@@ -350,14 +391,20 @@ def _epilogue_gradients(
     )
 
 
-def _save_for_packed_conv2d_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    packed, prepared, *geometry, _, bias, residual, _, _, _, channels_last = inputs
+def _save_for_packed_conv2d_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    packed, prepared, *geometry, _, bias, residual, _, _, _, channels_last = inputs[:15]
     ctx.save_for_backward(packed, prepared, bias, residual)
     ctx.geometry = geometry
     ctx.channels_last = channels_last
+    ctx.is_linear = not any(inputs[16:18])  # Neither clamp nor activation.
 
 
-def _packed_conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _packed_conv2d_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    if not ctx.is_linear:
+        raise NotImplementedError(
+            "clamp, activation: got a gradient, expected none through the fused operator; "
+            "binconv.torch.binary_conv2d computes these steps where it can pass"
+        )
     packed, prepared, bias, residual = ctx.saved_tensors
     needs = ctx.needs_input_grad
     acc = None
@@ -367,7 +414,7 @@ def _packed_conv2d_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
             packed, prepared, *ctx.geometry, *plain, ctx.channels_last
         )
     gradients = _epilogue_gradients(grad, acc, bias if needs[9] else None, residual)
-    return *[None] * 8, *gradients, *[None] * 4
+    return *[None] * 8, *gradients, *[None] * 10
 
 
 _OPERATORS: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = [
@@ -377,15 +424,17 @@ _OPERATORS: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = [
     ("prepare_weight", _prepare_weight, _fake_prepare_weight),
     ("refresh_weight", _refresh_weight, lambda *_: None),
     ("packed_conv2d", _packed_conv2d, _fake_packed_conv2d),
+    ("packed_conv2d_with_bits", _packed_conv2d_with_bits, _fake_packed_conv2d_with_bits),
     ("conv2d", _conv2d, _fake_conv2d),
 ]
 for _name, _function, _fake in _OPERATORS:
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _function, _key)
     torch.library.register_fake(f"binconv::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "binconv::packed_conv2d",
-    _packed_conv2d_backward,
-    setup_context=_save_for_packed_conv2d_backward,
-    lib=_library,
-)
+for _name in ("packed_conv2d", "packed_conv2d_with_bits"):
+    torch.library.register_autograd(
+        f"binconv::{_name}",
+        _packed_conv2d_backward,
+        setup_context=_save_for_packed_conv2d_backward,
+        lib=_library,
+    )

@@ -1,0 +1,443 @@
+#include <cuda.h>
+#include <cutlass/arch/barrier.h>
+#include <cutlass/arch/reg_reconfig.h>
+
+#include <cute/arch/copy_sm90_desc.hpp>
+#include <cute/arch/copy_sm90_tma.hpp>
+
+#include "check.h"
+#include "cuda/cuda.h"
+#include "cuda/halo.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/prepared_weight.h"
+#include "cuda/tile_epilogue.cuh"
+#include "cuda/wgmma_b1.cuh"
+
+// Hopper: b1 wgmma from the halo tiles of halo.h. A thread block has one block of output channels
+// and walks over tiles. Its first warpgroup feeds the others: one warp loads halos (and weights),
+// the other three count the bits of the halo and work out, for each pixel, what the epilogue needs.
+// The other two warpgroups multiply and finish.
+//
+// Resident weights: the warpgroups take runs in turn, and one multiplies while the other finishes.
+// Streamed weights: both multiply at the same time, so that each piece of the weights is loaded
+// once for the whole tile.
+
+namespace binconv::cuda {
+namespace {
+
+using cutlass::arch::ClusterBarrier;
+using cutlass::arch::ClusterTransactionBarrier;
+
+constexpr int kWarpgroup = 128;
+constexpr int kConsumers = 2;
+constexpr int kThreads = kWarpgroup * (1 + kConsumers);
+// Of each thread. A block starts with 168 for each, and the sum over its warpgroups cannot grow.
+constexpr int kFeederRegisters = 88, kConsumerRegisters = 208;
+constexpr int kCounters = kWarpgroup - kWarpSize;
+constexpr int kCounterBarrier = 1;
+constexpr int kWarpgroupWarps = kWarpgroup / kWarpSize;
+constexpr int kStreamedRunsPerConsumer = 2;
+constexpr int kStreamedRuns = kStreamedRunsPerConsumer * kConsumers;
+
+struct Barriers {
+  ClusterTransactionBarrier halo_full[kHaloStages];
+  ClusterBarrier halo_empty[kHaloStages];
+  ClusterTransactionBarrier weights_full[kStreamStages];  // Resident weights use the first.
+  ClusterBarrier weights_empty[kStreamStages];
+  ClusterTransactionBarrier counts_full;
+  ClusterBarrier pixels_full[kHaloStages];
+  ClusterBarrier pixels_empty[kHaloStages];
+  ClusterBarrier turn[kConsumers];
+};
+
+// Position in a ring of buffers, and the parity of the barriers' phase there.
+struct Ring {
+  int slots;
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ void advance() {
+    if (++slot == slots) slot = 0, parity ^= 1;
+  }
+};
+
+__device__ void init_barriers(Barriers& barriers, const HaloPlan& plan) {
+  for (int i = 0; i < kHaloStages; ++i) {
+    barriers.halo_full[i].init(1);
+    // Who has read a stage: the counters, and every run or, streaming, every consumer.
+    barriers.halo_empty[i].init(1 + (plan.is_streamed ? kConsumers : plan.runs));
+    barriers.pixels_full[i].init(kCounters);
+    barriers.pixels_empty[i].init(kWarpgroupWarps * (plan.is_streamed ? kStreamedRuns : plan.runs));
+  }
+  for (int i = 0; i < kStreamStages; ++i) {
+    barriers.weights_full[i].init(1);
+    barriers.weights_empty[i].init(kConsumers);
+  }
+  barriers.counts_full.init(1);
+  for (int i = 0; i < kConsumers; ++i) barriers.turn[i].init(kWarpgroupWarps);
+  cutlass::arch::fence_barrier_init();
+}
+
+// One thread: loads everything, in the order in which it is used.
+template <bool kStreamed>
+class Loader {
+ public:
+  __device__ Loader(const CUtensorMap* map, const HaloConv& conv, Barriers& barriers)
+      : map_(map), conv_(conv), plan_(conv.plan), barriers_(barriers) {}
+
+  __device__ void run() {
+    load_tap_counts();
+    if constexpr (!kStreamed) load_resident_weights();
+    const int32_t steps = stage_steps(conv_);
+    for (int64_t tile = blockIdx.x; tile < plan_.tiles; tile += gridDim.x) {
+      const TilePosition at = tile_position(plan_, tile);
+      for (int32_t step = 0; step < steps; ++step) {
+        load_halo(at, step * plan_.stage_chunks);
+        if constexpr (kStreamed) stream_weights(step);
+      }
+    }
+  }
+
+ private:
+  static constexpr uint64_t kCacheHint =
+      static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+
+  __device__ void load_halo(const TilePosition& at, int32_t first) {
+    ClusterTransactionBarrier& full = barriers_.halo_full[halo_.slot];
+    barriers_.halo_empty[halo_.slot].wait(halo_.parity ^ 1);
+    full.arrive_and_expect_tx(plan_.stage_chunks * plan_.phases() * plan_.halo_pixels() *
+                              kChunkBytes);
+    int32_t to = conv_.at.halo + halo_.slot * plan_.stage_bytes();
+    for (int32_t chunk = first; chunk < first + plan_.stage_chunks; ++chunk) {
+      // Beyond the last chunk: outside the image, which the copy fills with zeros.
+      const int32_t from = chunk < conv_.chunks ? first_chunk(conv_) + chunk : kOutsideChunk;
+      for (int32_t y = 0; y < plan_.phases_height; ++y) {
+        for (int32_t x = 0; x < plan_.phases_width; ++x) {
+          cute::SM90_TMA_LOAD_5D::copy(
+              map_, reinterpret_cast<uint64_t*>(&full), kCacheHint, shared<uint8_t>(to), 0,
+              at.column * conv_.stride_width - conv_.pad_left + x, at.image,
+              at.row * conv_.stride_height - conv_.pad_top + y, from);
+          to += plan_.region_pixels * kChunkBytes;
+        }
+      }
+    }
+    halo_.advance();
+  }
+
+  __device__ void copy(const void* from, int32_t to, int32_t bytes,
+                       ClusterTransactionBarrier& full) {
+    cute::SM90_BULK_COPY_G2S::copy(from, reinterpret_cast<uint64_t*>(&full), shared<uint8_t>(to),
+                                   bytes);
+  }
+
+  __device__ void load_tap_counts() {
+    const int32_t bytes = plan_.block_channels * sizeof(int32_t);
+    barriers_.counts_full.arrive_and_expect_tx(conv_.taps * bytes);
+    const int32_t* from = conv_.tap_counts + first_channel(conv_);
+    for (int32_t tap = 0; tap < conv_.taps; ++tap) {
+      copy(from + tap * conv_.prepared_channels, conv_.at.tap_counts + tap * bytes, bytes,
+           barriers_.counts_full);
+    }
+  }
+
+  __device__ void load_resident_weights() {
+    const int32_t bytes = plan_.block_channels * kChunkBytes;
+    ClusterTransactionBarrier& full = barriers_.weights_full[0];
+    full.arrive_and_expect_tx(conv_.chunks * conv_.taps * bytes);
+    int32_t to = conv_.at.weights;
+    for (int32_t chunk = 0; chunk < conv_.chunks; ++chunk) {
+      for (int32_t tap = 0; tap < conv_.taps; ++tap, to += bytes) {
+        copy(weights_at(conv_, chunk, tap), to, bytes, full);
+      }
+    }
+  }
+
+  // The pairs of two chunks, one for each tap.
+  __device__ void stream_weights(int32_t step) {
+    const int32_t bytes = plan_.block_channels * kChunkBytes;
+    // Where the number of chunks is odd, the last pair's second half meets a halo of zeros.
+    const int32_t second = min(2 * step + 1, conv_.chunks - 1);
+    for (int32_t first = 0; first < conv_.taps; first += kStreamPairs) {
+      const int32_t count = min(conv_.taps - first, kStreamPairs);
+      ClusterTransactionBarrier& full = barriers_.weights_full[weights_.slot];
+      barriers_.weights_empty[weights_.slot].wait(weights_.parity ^ 1);
+      full.arrive_and_expect_tx(count * 2 * bytes);
+      int32_t to = conv_.at.weights + weights_.slot * kStreamPairs * 2 * bytes;
+      for (int32_t tap = first; tap < first + count; ++tap, to += 2 * bytes) {
+        copy(weights_at(conv_, 2 * step, tap), to, bytes, full);
+        copy(weights_at(conv_, second, tap), to + bytes, bytes, full);
+      }
+      weights_.advance();
+    }
+  }
+
+  static constexpr int32_t kOutsideChunk = 1 << 30;
+  const CUtensorMap* map_;
+  const HaloConv& conv_;
+  const HaloPlan& plan_;
+  Barriers& barriers_;
+  Ring halo_{kHaloStages}, weights_{kStreamStages};
+};
+
+// Three warps: T, the channels' terms, and the pixels of each tile.
+__device__ void count_bits(const TileConv& args, Barriers& barriers) {
+  const HaloConv& conv = args.conv;
+  const int thread = threadIdx.x - kWarpSize;
+  const auto synchronize = [] { cutlass::arch::NamedBarrier::sync(kCounters, kCounterBarrier); };
+  load_channels(args.out, conv, thread, kCounters);
+  barriers.counts_full.wait(0);
+  make_table(conv, thread, kCounters);
+  const int32_t steps = stage_steps(conv);
+  Ring halo{kHaloStages}, pixels{kHaloStages};
+  for (int64_t tile = blockIdx.x; tile < conv.plan.tiles; tile += gridDim.x) {
+    for (int32_t step = 0; step < steps; ++step) {
+      barriers.halo_full[halo.slot].wait(halo.parity);
+      count_pixels(conv, halo.slot, step == 0, thread, kCounters);
+      synchronize();
+      if (thread == 0) barriers.halo_empty[halo.slot].arrive();
+      halo.advance();
+    }
+    barriers.pixels_empty[pixels.slot].wait(pixels.parity ^ 1);
+    make_pixels(conv, tile_position(conv.plan, tile), pixels.slot, thread, kCounters);
+    barriers.pixels_full[pixels.slot].arrive();
+    pixels.advance();
+    synchronize();  // The counts are free again.
+  }
+}
+
+// What a multiplying warpgroup knows of itself.
+struct Consumer {
+  int index, warp;
+  bool is_leader_lane;  // One of each warp.
+  bool is_leader;       // One of the warpgroup.
+};
+
+template <int kChannels>
+__device__ void finish(const TileConv& args, const Consumer& self,
+                       const int32_t (&acc)[kChannels / 2], const Pixel* run_pixels) {
+  store_run<kChannels>(args.out, args.conv, 0, acc, run_pixels + self.warp * kWarpPixels,
+                       self.index * kWarpgroupWarps + self.warp);
+  __syncwarp();  // No lane still reads the pixels.
+}
+
+// halo, weights: addresses in units of 16 bytes.
+template <bool kAccumulate, int kSize>
+__device__ void multiply_pair(int32_t (&acc)[kSize], uint32_t halo, uint32_t weights,
+                              HaloPair pair) {
+  wgmma_and_popcount<kAccumulate>(acc, kRowStepDescriptor | (halo + pair.halo),
+                                  kRowStepDescriptor | (weights + pair.weights));
+}
+
+// The same for several runs.
+template <bool kAccumulate, int kRuns, int kSize>
+__device__ void multiply_pair(int32_t (&acc)[kRuns][kSize], uint32_t halo, uint32_t weights,
+                              HaloPair pair) {
+  wgmma_fence();
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+    multiply_pair<kAccumulate>(acc[r], halo + r * kRunPixels, weights, pair);
+  }
+}
+
+// Resident weights: runs are numbered over all tiles of the block, and taken in turn.
+template <int kChannels>
+__device__ void multiply_resident(const TileConv& args, Barriers& barriers, const Consumer& self) {
+  const HaloConv& conv = args.conv;
+  const HaloPlan& plan = conv.plan;
+  const HaloPair* pairs = conv.tables.pairs;
+  const uint32_t weights = shared_unit(conv.at.weights);
+  barriers.weights_full[0].wait(0);
+  Ring stage{kHaloStages};
+  uint32_t turn = self.index == 0 ? 1 : 0;  // The first turn is the first warpgroup's.
+  int next = self.index;
+  for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
+    for (; next < plan.runs; next += kConsumers) {
+      const int run = next;
+      barriers.halo_full[stage.slot].wait(stage.parity);
+      const uint32_t halo =
+          shared_unit(conv.at.halo + stage.slot * plan.stage_bytes()) + run * kRunPixels;
+      int32_t acc[kChannels / 2];
+      barriers.turn[self.index].wait(turn);
+      turn ^= 1;
+      wgmma_fence();
+      multiply_pair<false>(acc, halo, weights, pairs[0]);
+#pragma unroll 4
+      for (int32_t k = 1; k < plan.pairs; ++k) {
+        wgmma_fence();
+        multiply_pair<true>(acc, halo, weights, pairs[k]);
+      }
+      wgmma_commit();
+      if (self.is_leader_lane) barriers.turn[(self.index + 1) % kConsumers].arrive();
+      barriers.pixels_full[stage.slot].wait(stage.parity);
+      wgmma_wait<0>();
+      if (self.is_leader) barriers.halo_empty[stage.slot].arrive();
+      finish<kChannels>(args, self, acc, pixels_at(conv, stage.slot, run));
+      if (self.is_leader_lane) barriers.pixels_empty[stage.slot].arrive();
+    }
+    next -= plan.runs;
+    stage.advance();
+  }
+}
+
+// Streamed weights: a tile has up to kStreamedRuns runs, kStreamedRunsPerConsumer for each
+// warpgroup.
+template <int kChannels>
+__device__ void multiply_streamed(const TileConv& args, Barriers& barriers, const Consumer& self) {
+  const HaloConv& conv = args.conv;
+  const HaloPlan& plan = conv.plan;
+  const HaloPair* pairs = conv.tables.pairs;
+  const int32_t steps = (conv.chunks + 1) / 2;
+  const int32_t first_run = self.index * kStreamedRunsPerConsumer;
+  Ring halo{kHaloStages}, weights{kStreamStages}, pixels{kHaloStages};
+  for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
+    int32_t acc[kStreamedRunsPerConsumer][kChannels / 2];
+    int last_halo = -1, last_weights = -1;  // What the multiplications in flight read.
+    for (int32_t step = 0; step < steps; ++step) {
+      barriers.halo_full[halo.slot].wait(halo.parity);
+      const uint32_t a =
+          shared_unit(conv.at.halo + halo.slot * plan.stage_bytes()) + first_run * kRunPixels;
+      for (int32_t first = 0; first < conv.taps; first += kStreamPairs) {
+        const int32_t count = min(conv.taps - first, kStreamPairs);
+        const uint32_t b =
+            shared_unit(conv.at.weights) + weights.slot * kStreamPairs * 2 * kChannels;
+        barriers.weights_full[weights.slot].wait(weights.parity);
+        if (step + first == 0) {
+          multiply_pair<false>(acc, a, b, pairs[0]);
+        } else {
+          multiply_pair<true>(acc, a, b, pairs[first]);
+        }
+        for (int32_t k = 1; k < count; ++k) {
+          multiply_pair<true>(acc, a, b + k * 2 * kChannels, pairs[first + k]);
+        }
+        wgmma_commit();
+        // All but the multiplications just begun are over: what they read can be loaded anew.
+        wgmma_wait<1>();
+        if (self.is_leader && last_weights >= 0) barriers.weights_empty[last_weights].arrive();
+        if (self.is_leader && first == 0 && last_halo >= 0) barriers.halo_empty[last_halo].arrive();
+        last_weights = weights.slot;
+        weights.advance();
+      }
+      last_halo = halo.slot;
+      halo.advance();
+    }
+    barriers.pixels_full[pixels.slot].wait(pixels.parity);
+    wgmma_wait<0>();
+    if (self.is_leader) {
+      barriers.weights_empty[last_weights].arrive();
+      barriers.halo_empty[last_halo].arrive();
+    }
+#pragma unroll
+    for (int r = 0; r < kStreamedRunsPerConsumer; ++r) {
+      const int32_t run = first_run + r;
+      if (run < plan.runs) {
+        finish<kChannels>(args, self, acc[r], pixels_at(conv, pixels.slot, run));
+      }
+      if (self.is_leader_lane) barriers.pixels_empty[pixels.slot].arrive();
+    }
+    pixels.advance();
+  }
+}
+
+template <int kChannels, bool kStreamed>
+__global__ void __launch_bounds__(kThreads, 1)
+    conv2d_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ TileConv args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  const HaloConv& conv = args.conv;
+  Barriers& barriers = *shared<Barriers>(conv.at.barriers);
+  if (threadIdx.x == 0) {
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
+    init_barriers(barriers, conv.plan);
+  }
+  write_zeros(conv, threadIdx.x, kThreads);
+  cutlass::arch::fence_view_async_shared();
+  __syncthreads();
+  // All before this overlaps with the end of the kernel before.
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+
+  // The shuffle tells the compiler that the warp agrees.
+  const int warpgroup = __shfl_sync(kWholeWarp, threadIdx.x / kWarpgroup, 0);
+  if (warpgroup == 0) {
+    cutlass::arch::warpgroup_reg_dealloc<kFeederRegisters>();
+    if (threadIdx.x == 0) {
+      Loader<kStreamed>(&map, conv, barriers).run();
+    } else if (threadIdx.x >= kWarpSize) {
+      count_bits(args, barriers);
+    }
+  } else {
+    cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+    const int thread = threadIdx.x % kWarpgroup;
+    const Consumer self = {warpgroup - 1, thread / kWarpSize, thread % kWarpSize == 0, thread == 0};
+    if constexpr (kStreamed) {
+      multiply_streamed<kChannels>(args, barriers, self);
+    } else {
+      multiply_resident<kChannels>(args, barriers, self);
+    }
+  }
+#endif
+}
+
+bool runs_on(const Target& target) {
+  return target.is_cuda && target.compute_capability == 90 && has_machine_code("90a");
+}
+
+// cuTensorMapEncodeTiled, without linking the driver's library.
+decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
+                                              cudaEnableDefault, &found),
+             "binary_conv2d");
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+}
+
+// The packed input as [chunk][row][image][column][16 bytes], the order that halo.h asks for.
+CUtensorMap input_map(const Conv2dArgs& args, const HaloPlan& plan) {
+  static const auto encode = tensor_map_encoder();
+  const Conv2dShape& shape = args.shape;
+  const cuuint64_t pixel = packed_bytes(shape.weight.in_channels);
+  const cuuint64_t width = shape.in_width, height = shape.in_height;
+  const cuuint64_t sizes[] = {kChunkBytes, width, static_cast<cuuint64_t>(shape.batch), height,
+                              pixel / kChunkBytes};
+  const cuuint64_t steps[] = {pixel, height * width * pixel, width * pixel, kChunkBytes};
+  const cuuint32_t stride_height = shape.stride_height, stride_width = shape.stride_width;
+  const cuuint32_t box[] = {kChunkBytes, (plan.pitch - 1) * stride_width + 1,
+                            static_cast<cuuint32_t>(plan.tile_images),
+                            (plan.halo_rows - 1) * stride_height + 1, 1};
+  const cuuint32_t strides[] = {1, stride_width, 1, stride_height, 1};
+  CUtensorMap map;
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 5, const_cast<uint8_t*>(args.input), sizes, steps,
+             box, strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    fail(Status::kCudaError, "binary_conv2d: the driver refuses a tensor map, error ", result);
+  }
+  return map;
+}
+
+void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
+  const HaloLimits limits = {.multiprocessors = multiprocessors(queue.device()),
+                             .shared_bytes = shared_bytes(queue.device()),
+                             .streamed_runs = kStreamedRuns};
+  const TileConv conv = tile_conv(args, plan_halo(args.shape, limits));
+  const HaloPlan& plan = conv.conv.plan;
+  const auto kernel = plan.is_streamed             ? conv2d_kernel<128, true>
+                      : plan.block_channels == 128 ? conv2d_kernel<128, false>
+                                                   : conv2d_kernel<64, false>;
+  launch("binary_conv2d", queue,
+         {tile_blocks(args.shape, plan, limits), kThreads, static_cast<size_t>(conv.conv.at.total),
+          true},
+         kernel, input_map(args, plan), conv);
+}
+
+}  // namespace
+
+const Kernel kConv2dSm90 = {.name = "cuda_sm90",
+                            .runs_on = runs_on,
+                            .accepts = halo_accepts,
+                            .prepared_bytes = prepared_bytes,
+                            .prepare = prepare_weight,
+                            .workspace_bytes = no_workspace,
+                            .launch = launch_conv2d};
+
+}  // namespace binconv::cuda

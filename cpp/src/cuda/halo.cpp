@@ -1,0 +1,368 @@
+#include "cuda/halo.h"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+#include <optional>
+
+#include "cuda/prepared_weight.h"
+
+namespace binconv::cuda {
+namespace {
+
+constexpr int64_t ceil_div(int64_t value, int64_t divisor) {
+  return (value + divisor - 1) / divisor;
+}
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return ceil_div(value, multiple) * multiple;
+}
+
+constexpr int64_t kBoxLimit = 256;  // Extents of a tensor-map box.
+constexpr int64_t kStrideLimit = 8;
+constexpr int64_t kMaxBorderClasses = 64;
+// 4 * popcount(a & w) + T, at most 3 times this, stays below 2^22, so that the epilogue can hold it
+// in a float's mantissa.
+constexpr int64_t kMaxBits = (int64_t{1} << 22) / 3;
+// What sm_89 gives a block; every plan's smallest tile fits into it.
+constexpr int64_t kLeastShared = 99 * 1024;
+
+AxisShape rows_of(const Conv2dShape& s) {
+  return {s.in_height,     s.out_height(), s.weight.kernel_height,
+          s.stride_height, s.pad_top,      s.dilation_height};
+}
+AxisShape columns_of(const Conv2dShape& s) {
+  return {s.in_width,     s.out_width(), s.weight.kernel_width,
+          s.stride_width, s.pad_left,    s.dilation_width};
+}
+
+int64_t phases_of(const AxisShape& a) {
+  return std::min(a.stride, (a.kernel - 1) * a.dilation + 1);
+}
+int64_t largest_shift(const AxisShape& a) { return (a.kernel - 1) * a.dilation / a.stride; }
+
+// How far the columns of a tap reach beyond the pitch in the last of `columns` output columns.
+int64_t overflow(const AxisShape& a, int64_t columns, int64_t tap, int64_t pitch) {
+  return columns + tap * a.dilation / a.stride - pitch;
+}
+
+// Whether every tap that reaches beyond the pitch would find padding there, and finds padding at
+// the start of what follows.
+bool can_share_padding(const AxisShape& a, int64_t columns, int64_t pitch) {
+  for (int64_t tap = 0; tap < a.kernel; ++tap) {
+    const int64_t beyond = overflow(a, columns, tap, pitch);
+    if (beyond <= 0) continue;
+    const int64_t origin = tap * a.dilation % a.stride - a.pad;
+    if (pitch * a.stride + origin < a.in || (beyond - 1) * a.stride + origin >= 0) return false;
+  }
+  return true;
+}
+
+int64_t pitch_of(const AxisShape& a, int64_t columns) {
+  const int64_t halo = columns + largest_shift(a);
+  if (columns < a.out) return halo;
+  // More than any shift, so that a phase's taps lie behind one another in their order.
+  int64_t pitch = std::max(columns, largest_shift(a) + 1);
+  while (pitch < halo && !can_share_padding(a, columns, pitch)) ++pitch;
+  return pitch;
+}
+
+// Of the taps of one phase.
+int64_t taps_of_phase(const AxisShape& a, int64_t phase) {
+  int64_t count = 0;
+  for (int64_t tap = 0; tap < a.kernel; ++tap) count += tap * a.dilation % a.stride == phase;
+  return count;
+}
+
+// Pairs are of the same tap in two chunks. Where the number of resident chunks is odd, the taps of
+// the last one pair up: within a phase, so that the second lies behind the first.
+int64_t count_pairs(const Conv2dShape& shape, bool is_streamed) {
+  const PreparedLayout weight = prepared_layout(shape.weight);
+  if (is_streamed) return weight.taps;
+  int64_t pairs = weight.chunks / 2 * weight.taps;
+  if (weight.chunks % 2 == 0) return pairs;
+  const AxisShape rows = rows_of(shape), columns = columns_of(shape);
+  for (int64_t i = 0; i < phases_of(rows); ++i) {
+    for (int64_t j = 0; j < phases_of(columns); ++j) {
+      pairs += ceil_div(taps_of_phase(rows, i) * taps_of_phase(columns, j), 2);
+    }
+  }
+  return pairs;
+}
+
+bool has_whole_blocks(const WeightShape& weight) {
+  return weight.groups == 1 || weight.out_channels / weight.groups % 128 == 0;
+}
+
+int32_t narrow(int64_t value) { return static_cast<int32_t>(value); }
+
+// Plans of one shape with one block of channels.
+class Planner {
+ public:
+  Planner(const Conv2dShape& shape, int channels, bool is_streamed)
+      : shape_(shape),
+        rows_(rows_of(shape)),
+        columns_(columns_of(shape)),
+        weight_(prepared_layout(shape.weight)) {
+    const BorderClasses rows = border_classes(rows_), columns = border_classes(columns_);
+    const bool has_border = shape.pad_value != -1;  // Zero bits outside are -1 as they are.
+    common_.block_channels = channels;
+    common_.is_streamed = is_streamed;
+    common_.phases_height = narrow(phases_of(rows_));
+    common_.phases_width = narrow(phases_of(columns_));
+    common_.stage_chunks = narrow(is_streamed ? 2 : weight_.chunks);
+    common_.pairs = narrow(count_pairs(shape, is_streamed));
+    common_.rows_lost_before = rows.lost_before;
+    common_.columns_lost_before = columns.lost_before;
+    common_.row_classes = has_border ? 1 + rows.lost_before + rows.lost_after : 1;
+    common_.column_classes = has_border ? 1 + columns.lost_before + columns.lost_after : 1;
+  }
+
+  const AxisShape& rows() const { return rows_; }
+  const AxisShape& columns() const { return columns_; }
+
+  // pitch: pitch_of(columns(), tile_columns), which does not depend on the rest.
+  HaloPlan plan(int64_t tile_rows, int64_t tile_columns, int64_t tile_images, int64_t pitch) const {
+    HaloPlan plan = common_;
+    const int64_t halo_rows = tile_rows + largest_shift(rows_);
+    const int64_t tail = std::max<int64_t>(0, tile_columns + largest_shift(columns_) - pitch);
+    plan.tile_rows = narrow(tile_rows);
+    plan.tile_columns = narrow(tile_columns);
+    plan.tile_images = narrow(tile_images);
+    plan.row_tiles = narrow(ceil_div(rows_.out, tile_rows));
+    plan.column_tiles = narrow(ceil_div(columns_.out, tile_columns));
+    plan.tiles = int64_t{plan.row_tiles} * plan.column_tiles * ceil_div(shape_.batch, tile_images);
+    plan.runs = narrow(ceil_div(tile_rows * tile_images * pitch, kRunPixels));
+    plan.halo_rows = narrow(halo_rows);
+    plan.pitch = narrow(pitch);
+    plan.region_pixels = narrow(round_up(halo_rows * tile_images * pitch + tail, 8));
+    return plan;
+  }
+
+  // What is left where nothing else fits; it decides whether a shape can be taken.
+  HaloPlan smallest() const {
+    const int64_t columns = std::min<int64_t>(columns_.out, 8);
+    return plan(1, columns, 1, pitch_of(columns_, columns));
+  }
+
+  bool fits(const HaloPlan& plan, int64_t shared_bytes) const {
+    if (plan.pairs > kMaxPairs) return false;
+    const int64_t box_rows = (plan.halo_rows - 1) * rows_.stride + 1;
+    const int64_t box_columns = (plan.pitch - 1) * columns_.stride + 1;
+    if (std::max({box_rows, box_columns, int64_t{plan.tile_images}}) > kBoxLimit) return false;
+    const int64_t stage = int64_t{plan.stage_chunks} * plan.phases() * plan.region_pixels * 16;
+    return stage <= shared_bytes && halo_layout(plan, shape_.weight).total <= shared_bytes;
+  }
+
+  // Estimated cycles of the whole convolution. Only the proportions of the constants matter: they
+  // come from the rates of tensor cores, caches and memory, and from counting instructions.
+  double cost(const HaloPlan& plan, const HaloLimits& limits) const {
+    constexpr double kCacheBytes = 40, kStoreBytes = 19, kStart = 3000;  // Per cycle; cycles.
+    const double channels = plan.block_channels;
+    const int64_t blocks = ceil_div(shape_.weight.out_channels, plan.block_channels);
+    const int64_t workers = std::max<int64_t>(1, limits.multiprocessors / blocks);
+    const double waves = std::max(1.0, static_cast<double>(blocks) / limits.multiprocessors);
+    const double halo = static_cast<double>(plan.phases()) * plan.region_pixels;
+    const double outputs =
+        static_cast<double>(plan.tile_rows) * plan.tile_columns * plan.tile_images * channels;
+    const double weights = static_cast<double>(weight_.chunks) * weight_.taps * channels * 16;
+    const double finish = 3.3 * channels + 250;
+    double runs, start = kStart;
+    if (plan.is_streamed) {
+      const double pairs = static_cast<double>(plan.pairs) * ceil_div(weight_.chunks, 2);
+      runs = limits.streamed_runs * (pairs * channels / 2 + finish / 2);
+      runs = std::max(runs, weights / kCacheBytes);
+    } else {
+      const double multiply = plan.pairs * channels / 2 + 60;
+      runs = plan.runs * std::max(multiply, (multiply + finish) / 2);
+      start += weights / kCacheBytes;
+    }
+    const double load = weight_.chunks * halo * 16 / kCacheBytes;
+    const double count = (halo * (10 + 10 * weight_.chunks) +
+                          static_cast<double>(plan.runs) * kRunPixels * (40 + 3 * weight_.taps)) /
+                         48;
+    const double tile = std::max({runs, outputs * 2 / kStoreBytes, load, count}) + 100;
+    return (start + load + ceil_div(plan.tiles, workers) * tile) * waves;
+  }
+
+ private:
+  const Conv2dShape& shape_;
+  AxisShape rows_, columns_;
+  PreparedLayout weight_;
+  HaloPlan common_ = {};
+};
+
+struct Best {
+  std::optional<HaloPlan> plan;
+  double cost = std::numeric_limits<double>::max();
+};
+
+// Tries tiles over one and several images, and where rows are long also parts of rows. It is quick
+// rather than thorough, since every call of a convolution plans.
+void search(const Planner& planner, const HaloLimits& limits, int64_t batch, Best& best) {
+  constexpr int64_t kLongRow = 64, kManyPixels = 1024;
+  const int64_t out_height = planner.rows().out, out_width = planner.columns().out;
+  for (int64_t columns : {out_width, ceil_div(out_width, 2), ceil_div(out_width, 4), int64_t{32}}) {
+    if (columns < out_width && out_width <= kLongRow) break;
+    const int64_t pitch = pitch_of(planner.columns(), columns);
+    for (int64_t images : {1, 2, 3, 4, 8}) {
+      if (images > 1 && (images > batch || columns < out_width)) break;
+      int64_t tried_rows = 0;
+      for (int64_t parts = 1; parts <= out_height; parts += parts < 4 ? 1 : parts / 2) {
+        const int64_t rows = ceil_div(out_height, parts);
+        if (rows == tried_rows || (images > 1 && rows * images * pitch > kManyPixels)) continue;
+        tried_rows = rows;
+        const HaloPlan plan = planner.plan(rows, columns, images, pitch);
+        if (plan.is_streamed && plan.runs > limits.streamed_runs) continue;
+        if (!planner.fits(plan, limits.shared_bytes)) continue;
+        const double cost = planner.cost(plan, limits);
+        if (cost < best.cost) best = {plan, cost};
+      }
+    }
+  }
+}
+
+}  // namespace
+
+BorderClasses border_classes(const AxisShape& a) {
+  // Of the taps at position p, those before and beyond the input.
+  const auto before = [&](int64_t p) {
+    return std::clamp<int64_t>(ceil_div(std::max<int64_t>(a.pad - p * a.stride, 0), a.dilation), 0,
+                               a.kernel);
+  };
+  const auto after = [&](int64_t p) {
+    const int64_t room = std::max<int64_t>(a.in - (p * a.stride - a.pad), 0);
+    return a.kernel - std::min(a.kernel, ceil_div(room, a.dilation));
+  };
+  const int64_t last_before = std::min(a.out - 1, (a.pad - 1) / a.stride);
+  return {.lost_before = static_cast<int32_t>(before(0)),
+          .lost_after = static_cast<int32_t>(after(a.out - 1)),
+          .is_separable = a.pad == 0 || after(last_before) == 0};
+}
+
+HaloTables halo_tables(const Conv2dShape& shape, const HaloPlan& plan) {
+  const PreparedLayout weight = prepared_layout(shape.weight);
+  const AxisShape rows = rows_of(shape), columns = columns_of(shape);
+  HaloTables tables = {};
+  int64_t phase_of[kMaxTaps];
+  for (int64_t i = 0, tap = 0; i < rows.kernel; ++i) {
+    for (int64_t j = 0; j < columns.kernel; ++j, ++tap) {
+      const int64_t h = i * rows.dilation, w = j * columns.dilation;
+      phase_of[tap] = h % rows.stride * plan.phases_width + w % columns.stride;
+      tables.shifts[tap] = static_cast<int32_t>(phase_of[tap] * plan.region_pixels +
+                                                h / rows.stride * plan.tile_images * plan.pitch +
+                                                w / columns.stride);
+    }
+  }
+  const int64_t chunk_step = int64_t{plan.phases()} * plan.region_pixels;
+  int64_t count = 0;
+  const auto add = [&](int64_t halo, int64_t halo_step, int64_t atom, int64_t atom_step) {
+    const int64_t channels = plan.block_channels;
+    tables.pairs[count++] = {static_cast<uint32_t>(halo | halo_step << 16),
+                             static_cast<uint32_t>(atom * channels | atom_step * channels << 16)};
+  };
+  if (plan.is_streamed) {
+    for (int64_t tap = 0; tap < weight.taps; ++tap) add(tables.shifts[tap], chunk_step, 0, 1);
+    return tables;
+  }
+  for (int64_t chunk = 0; chunk + 1 < weight.chunks; chunk += 2) {
+    for (int64_t tap = 0; tap < weight.taps; ++tap) {
+      add(chunk * chunk_step + tables.shifts[tap], chunk_step, chunk * weight.taps + tap,
+          weight.taps);
+    }
+  }
+  if (weight.chunks % 2 == 0) return tables;
+  const int64_t last = weight.chunks - 1;
+  for (int64_t phase = 0; phase < plan.phases(); ++phase) {
+    int64_t first = -1;
+    for (int64_t tap = 0; tap <= weight.taps; ++tap) {
+      const bool is_end = tap == weight.taps;
+      if (!is_end && phase_of[tap] != phase) continue;
+      if (first < 0) {
+        first = tap;
+        continue;
+      }
+      // A lone tap is paired with the zeros behind the weights.
+      const int64_t halo_step = is_end ? 1 : tables.shifts[tap] - tables.shifts[first];
+      add(last * chunk_step + tables.shifts[first], halo_step, last * weight.taps + first,
+          tap - first);
+      first = -1;
+      if (is_end) break;
+    }
+  }
+  return tables;
+}
+
+HaloLayout halo_layout(const HaloPlan& plan, const WeightShape& weight) {
+  const PreparedLayout prepared = prepared_layout(weight);
+  const int64_t atom = int64_t{plan.block_channels} * kChunkBytes;
+  int64_t offset = 0;
+  const auto take = [&](int64_t bytes) {
+    const int64_t start = offset;
+    offset = round_up(start + bytes, 128);
+    return static_cast<int32_t>(start);
+  };
+  HaloLayout at;
+  at.halo = take(int64_t{kHaloStages} * plan.stage_bytes());
+  at.weights = take(plan.is_streamed ? kStreamStages * kStreamPairs * 2 * atom
+                                     : (prepared.chunks * prepared.taps + 1) * atom);
+  at.staging = take(2 * 4 * 2048);
+  at.table = take(int64_t{plan.row_classes} * plan.column_classes * plan.block_channels * 4);
+  at.scaling = take(plan.block_channels * 8);
+  at.limits = take(plan.block_channels * 8);
+  at.tap_counts = take(prepared.taps * plan.block_channels * 4);
+  at.pixel_counts = take(int64_t{plan.phases()} * plan.region_pixels * 4);
+  at.pixels = take(int64_t{kHaloStages} * plan.runs * kRunPixels * 12);
+  at.barriers = take(256);
+  at.total = static_cast<int32_t>(std::min<int64_t>(offset, std::numeric_limits<int32_t>::max()));
+  return at;
+}
+
+bool halo_accepts(const Conv2dShape& shape) {
+  const WeightShape& weight = shape.weight;
+  const int64_t group_in = weight.in_channels / weight.groups;
+  const int64_t group_out = weight.out_channels / weight.groups;
+  if (weight.groups > 1 && (group_in % kChunkBits != 0 || group_out % 64 != 0)) return false;
+  const int64_t taps = weight.kernel_height * weight.kernel_width;
+  if (taps > kMaxTaps || taps * round_up(group_in, kChunkBits) > kMaxBits) return false;
+  if (std::max(shape.stride_height, shape.stride_width) > kStrideLimit) return false;
+  const int64_t pixels = shape.batch * shape.out_height() * shape.out_width();
+  if (pixels > std::numeric_limits<int32_t>::max()) return false;
+  if (shape.pad_value != -1) {
+    const BorderClasses rows = border_classes(rows_of(shape));
+    const BorderClasses columns = border_classes(columns_of(shape));
+    if (!rows.is_separable || !columns.is_separable) return false;
+    if ((1 + rows.lost_before + rows.lost_after) * (1 + columns.lost_before + columns.lost_after) >
+        kMaxBorderClasses) {
+      return false;
+    }
+  }
+  if (largest_shift(rows_of(shape)) + 1 > kBoxLimit) return false;
+  if (largest_shift(columns_of(shape)) + 8 > kBoxLimit) return false;
+  const bool is_streamed = has_whole_blocks(weight);
+  const Planner planner(shape, is_streamed ? 128 : 64, is_streamed);
+  return planner.fits(planner.smallest(), kLeastShared);
+}
+
+HaloPlan plan_halo(const Conv2dShape& shape, const HaloLimits& limits) {
+  const WeightShape& weight = shape.weight;
+  const bool whole_blocks = has_whole_blocks(weight);
+  Best best;
+  if (weight.out_channels > 64 && whole_blocks) {
+    search(Planner(shape, 128, false), limits, shape.batch, best);
+  }
+  // Narrow blocks give more of them to few pixels.
+  const int64_t pixels = shape.batch * shape.out_height() * shape.out_width();
+  const int64_t runs = ceil_div(pixels, kRunPixels) * ceil_div(weight.out_channels, 128);
+  if (!best.plan || runs < 8 * limits.multiprocessors) {
+    search(Planner(shape, 64, false), limits, shape.batch, best);
+  }
+  const PreparedLayout prepared = prepared_layout(weight);
+  const int64_t block_bytes = prepared.chunks * prepared.taps * 128 * kChunkBytes;
+  if (whole_blocks && (!best.plan || 2 * block_bytes > limits.shared_bytes)) {
+    search(Planner(shape, 128, true), limits, shape.batch, best);
+  }
+  if (best.plan) return *best.plan;
+  return Planner(shape, whole_blocks ? 128 : 64, whole_blocks).smallest();
+}
+
+}  // namespace binconv::cuda

@@ -1,0 +1,188 @@
+#include "cuda/halo.h"
+
+#include <algorithm>
+#include <array>
+#include <vector>
+
+#include "conv2d_check.h"
+#include "cuda/prepared_weight.h"
+#include "test.h"
+
+// White-box: the host's plans for the tensor-core kernels, checked against what a convolution
+// reads.
+
+namespace binconv::test {
+namespace {
+
+using namespace cuda;
+
+constexpr HaloLimits kHopper{132, 227 * 1024, 4};
+constexpr HaloLimits kAda{142, 99 * 1024, 4};
+constexpr HaloLimits kFewProcessors{2, 227 * 1024, 4};
+
+struct Sample {
+  Conv2dShape shape;
+  HaloPlan plan;
+};
+
+std::vector<Sample> samples() {
+  std::vector<Sample> all;
+  for (uint64_t seed = 0; all.size() < 600; ++seed) {
+    Random random(seed);
+    const Conv2dShape shape = random_shape(random);
+    if (shape.batch == 0 || !halo_accepts(shape)) continue;
+    for (const HaloLimits& limits : {kHopper, kAda, kFewProcessors}) {
+      all.push_back({shape, plan_halo(shape, limits)});
+    }
+  }
+  return all;
+}
+
+// The pixel of the packed input at a place of shared memory, or none: outside the image, or behind
+// the halo.
+struct Source {
+  bool is_inside;
+  int64_t image, row, column;
+};
+
+Source source_at(const Conv2dShape& s, const HaloPlan& plan, const std::array<int64_t, 3>& tile,
+                 int64_t pixel) {
+  const int64_t phase = pixel / plan.region_pixels, flat = pixel % plan.region_pixels;
+  if (flat >= plan.halo_pixels()) return {false, 0, 0, 0};
+  const int64_t column = flat % plan.pitch, image = flat / plan.pitch % plan.tile_images;
+  const int64_t row = flat / plan.pitch / plan.tile_images;
+  const int64_t n = tile[0] + image;
+  const int64_t h = (tile[1] + row) * s.stride_height - s.pad_top + phase / plan.phases_width;
+  const int64_t w = (tile[2] + column) * s.stride_width - s.pad_left + phase % plan.phases_width;
+  const bool inside = n < s.batch && h >= 0 && h < s.in_height && w >= 0 && w < s.in_width;
+  return {inside, n, h, w};
+}
+
+// Whether every tap of every output pixel of a tile finds its input where the tables say.
+bool reads_what_it_must(const Sample& sample, const std::array<int64_t, 3>& tile) {
+  const Conv2dShape& s = sample.shape;
+  const HaloPlan& plan = sample.plan;
+  const HaloTables tables = halo_tables(s, plan);
+  for (int64_t i = 0; i < plan.tile_rows * plan.tile_images; ++i) {
+    for (int64_t j = 0; j < plan.tile_columns; ++j) {
+      const int64_t n = tile[0] + i % plan.tile_images, p = tile[1] + i / plan.tile_images;
+      const int64_t q = tile[2] + j, flat = i * plan.pitch + j;
+      if (n >= s.batch || p >= s.out_height() || q >= s.out_width()) continue;
+      if (flat >= plan.runs * kRunPixels) return false;
+      int64_t tap = 0;
+      for (int64_t kh = 0; kh < s.weight.kernel_height; ++kh) {
+        for (int64_t kw = 0; kw < s.weight.kernel_width; ++kw, ++tap) {
+          const int64_t h = p * s.stride_height - s.pad_top + kh * s.dilation_height;
+          const int64_t w = q * s.stride_width - s.pad_left + kw * s.dilation_width;
+          const bool inside = h >= 0 && h < s.in_height && w >= 0 && w < s.in_width;
+          const int64_t place = flat + tables.shifts[tap];
+          if (place / plan.region_pixels >= plan.phases()) return false;
+          const Source source = source_at(s, plan, tile, place);
+          if (inside != source.is_inside) return false;
+          if (inside && (source.image != n || source.row != h || source.column != w)) return false;
+        }
+      }
+    }
+  }
+  return true;
+}
+
+}  // namespace
+
+TEST(Halo, PlansFitAndCoverTheOutput) {
+  for (const auto& [shape, plan] : samples()) {
+    const Context context(describe(shape));
+    CHECK(plan.row_tiles * plan.tile_rows >= shape.out_height());
+    CHECK((plan.row_tiles - 1) * plan.tile_rows < shape.out_height());
+    CHECK(plan.column_tiles * plan.tile_columns >= shape.out_width());
+    CHECK((plan.column_tiles - 1) * plan.tile_columns < shape.out_width());
+    const int64_t image_tiles = plan.tiles / plan.row_tiles / plan.column_tiles;
+    CHECK(image_tiles * plan.tile_images >= shape.batch);
+    CHECK(halo_layout(plan, shape.weight).total <= kHopper.shared_bytes);
+    CHECK(!plan.is_streamed || plan.runs <= kHopper.streamed_runs);
+    CHECK(plan.block_channels == 64 || plan.block_channels == 128);
+  }
+}
+
+TEST(Halo, EveryTapFindsItsInputInSharedMemory) {
+  for (const Sample& sample : samples()) {
+    const Context context(describe(sample.shape));
+    const HaloPlan& plan = sample.plan;
+    const int64_t last = plan.tiles - 1;
+    for (const int64_t tile : {int64_t{0}, last / 2, last}) {
+      const int64_t rows = tile / plan.column_tiles;
+      CHECK(reads_what_it_must(
+          sample, {rows / plan.row_tiles * plan.tile_images, rows % plan.row_tiles * plan.tile_rows,
+                   tile % plan.column_tiles * plan.tile_columns}));
+    }
+  }
+}
+
+TEST(Halo, PairsHoldEveryChunkOfEveryTapOnce) {
+  for (const auto& [shape, plan] : samples()) {
+    const Context context(describe(shape));
+    const PreparedLayout weight = prepared_layout(shape.weight);
+    const HaloTables tables = halo_tables(shape, plan);
+    const int64_t chunk_step = int64_t{plan.phases()} * plan.region_pixels;
+    // Streamed weights: of two chunks, in the order of their taps.
+    const int64_t chunks = plan.is_streamed ? 2 : weight.chunks;
+    std::vector<int> seen(chunks * weight.taps);
+    for (int64_t i = 0; i < plan.pairs; ++i) {
+      const HaloPair& pair = tables.pairs[i];
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t halo = (pair.halo & 0xffff) + half * (pair.halo >> 16);
+        int64_t atom =
+            ((pair.weights & 0xffff) + half * (pair.weights >> 16)) / plan.block_channels;
+        if (plan.is_streamed) atom = half * weight.taps + i;
+        if (atom == chunks * weight.taps) continue;  // The zeros behind the weights.
+        CHECK(atom < chunks * weight.taps);
+        CHECK_EQ(halo, atom / weight.taps * chunk_step + tables.shifts[atom % weight.taps]);
+        ++seen[atom];
+      }
+    }
+    CHECK(std::all_of(seen.begin(), seen.end(), [](int count) { return count == 1; }));
+  }
+}
+
+TEST(Halo, BorderClassesTellHowManyTapsAreLost) {
+  for (uint64_t seed = 0; seed < 2000; ++seed) {
+    Random random(seed);
+    const Conv2dShape s = random_shape(random);
+    const AxisShape axis{s.in_width,     s.out_width(), s.weight.kernel_width,
+                         s.stride_width, s.pad_left,    s.dilation_width};
+    const Context context(describe(s));
+    int lost_before = 0, lost_after = 0;
+    bool is_separable = true;
+    for (int64_t q = 0; q < axis.out; ++q) {
+      int before = 0, after = 0;
+      for (int64_t tap = 0; tap < axis.kernel; ++tap) {
+        const int64_t w = q * axis.stride - axis.pad + tap * axis.dilation;
+        before += w < 0;
+        after += w >= axis.in;
+      }
+      lost_before = std::max(lost_before, before);
+      lost_after = std::max(lost_after, after);
+      is_separable = is_separable && (before == 0 || after == 0);
+    }
+    const BorderClasses classes = border_classes(axis);
+    CHECK_EQ(classes.lost_before, lost_before);
+    CHECK_EQ(classes.lost_after, lost_after);
+    CHECK_EQ(classes.is_separable, is_separable);
+  }
+}
+
+TEST(Halo, ShapesThatTheTensorCoresCannotTakeAreLeftToAnotherKernel) {
+  const auto accepts = [](auto change) {
+    Conv2dShape shape = shape_3x3(2, 256, 16, 16, 256);
+    change(shape);
+    return halo_accepts(shape);
+  };
+  CHECK(accepts([](Conv2dShape&) {}));
+  CHECK(accepts([](Conv2dShape& s) { s.weight.groups = 2; }));
+  CHECK(!accepts([](Conv2dShape& s) { s.weight.groups = 4; }));  // 64 channels of a group.
+  CHECK(!accepts([](Conv2dShape& s) { s.stride_width = 9; }));   // Beyond a tensor map's step.
+  CHECK(!accepts([](Conv2dShape& s) { s.in_width = 1; }));       // Taps lost on both sides.
+  CHECK(!accepts([](Conv2dShape& s) { s.weight.in_channels = int64_t{1} << 20; }));
+}
+
+}  // namespace binconv::test
