@@ -9,16 +9,24 @@ and hand them to F.conv2d. The contenders take turns, so that a change of clock 
 times are medians of rounds with the quartiles beside them. Memory is the peak of one step beyond
 what was allocated before the network was made, and what autograd keeps from forward for backward
 beyond the parameters, from saved-tensor hooks. The last table says where the time on the GPU goes.
+
+    torchrun --nproc-per-node 2 benchmarks/training_step.py
+
+measures the same under DistributedDataParallel, each process with a batch of its own on its own
+GPU: with perfect scaling, a step takes as long as with one.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -29,6 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import binconv
 from binconv.torch import BinaryConv2d, Estimator
@@ -80,11 +89,14 @@ class Contender:
         self.parameters = list(model.parameters())
         compile_modes: dict[str, dict[str, Any]] = {
             "eager": {},
-            "compiled": {"fullgraph": True, "backend": settings.backend},
-            "graphs": {"fullgraph": True, "mode": "reduce-overhead"},
+            "compiled": {"backend": settings.backend},
+            "graphs": {"mode": "reduce-overhead"},
         }
+        if settings.processes > 1:
+            model = DistributedDataParallel(model, device_ids=[torch.cuda.current_device()])
         options = compile_modes[mode]
-        self.model = torch.compile(model, **options) if options else model
+        fullgraph = settings.processes == 1  # DistributedDataParallel splits the graph.
+        self.model = torch.compile(model, fullgraph=fullgraph, **options) if options else model
         self.optimizer = torch.optim.Adam(self.parameters, lr=1e-4)
         images = torch.randn(settings.batch, 3, size, size, device=device)
         self.images = images.contiguous(memory_format=torch.channels_last)
@@ -221,6 +233,7 @@ def machine(settings: argparse.Namespace) -> dict[str, Any]:
         "cudnn": torch.backends.cudnn.version(),
         "binconv": binconv.version(),
         "commit": commit,
+        "processes": settings.processes,
         "batch": settings.batch,
         "size": settings.size,
         "ste": settings.ste,
@@ -279,6 +292,7 @@ def parse() -> argparse.Namespace:
     settings.modes = settings.modes or ["eager", "compiled", "graphs"]
     if settings.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA GPU; --smoke runs on the CPU")
+    settings.processes = int(os.environ.get("WORLD_SIZE", "1"))  # As torchrun says.
     return settings
 
 
@@ -286,6 +300,21 @@ def main() -> int:
     """Measures, prints, and with --output keeps NAME.md and NAME.json; 1 if a contender failed."""
     settings = parse()
     torch.backends.cudnn.benchmark = True
+    if settings.processes == 1:
+        return report(settings)
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl")
+    quiet = io.StringIO() if torch.distributed.get_rank() else sys.stdout
+    if quiet is not sys.stdout:
+        settings.output = None
+    with contextlib.redirect_stdout(quiet):
+        status = report(settings)
+    torch.distributed.destroy_process_group()
+    return status
+
+
+def report(settings: argparse.Namespace) -> int:
+    """Measures and prints; 1 if a contender failed."""
     results, failures = measure(settings)
     about = machine(settings)
     text = table(results, failures, about)

@@ -122,6 +122,7 @@ def main():
         device = f"cuda:{rank}"
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
     if world > 1:
         dist.init_process_group(
             "nccl" if device.startswith("cuda") else "gloo",

@@ -29,6 +29,11 @@ GEOMETRIES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _repeatable(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+
+
 def make(device="cpu", seed=0, **options):
     torch.manual_seed(seed)
     arguments = {"in_channels": 16, "out_channels": 6, "kernel_size": 3} | options

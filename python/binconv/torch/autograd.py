@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def sign_conv2d(
         ste: the estimator for x + shift.
         weight_ste: the estimator for weight.
     """
-    y: Tensor = torch.ops.binconv.sign_conv2d(
+    y: Tensor = torch.ops.binconv.sign_conv2d.default(
         x,
         weight,
         leaf,
@@ -114,28 +115,24 @@ def _sign_conv2d(
     progress: Tensor | None,
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stride, padding, dilation, groups, pad_value, out_dtype, ste, ste_parameter, _, _ = arguments
-    binconv = torch.ops.binconv
-    packed = binconv.pack_bits(x, 0.0, None if shift is None else -shift.detach())
+    *geometry, out_dtype, ste, ste_parameter, _, _ = arguments
+    packed = ops._pack_bits(x, 0.0, None if shift is None else -shift.detach())
     if prepared is None:
-        bits = binconv.pack_bits(weight, 0.0, None)
-        prepared = binconv.prepare_weight(bits, weight.shape[1], groups)
-    y = binconv.packed_conv2d(
+        bits = ops._pack_bits(weight, 0.0, None)
+        prepared = ops._prepare_weight(bits, weight.shape[1], geometry[3])
+    convolve: Any = ops._packed_conv2d
+    y = convolve(
         packed,
         prepared,
         weight.shape,
-        stride,
-        padding,
-        dilation,
-        groups,
-        pad_value,
+        *geometry,
         scale,
         bias,
         residual,
-        threshold=0.0,
-        channel_threshold=None,
-        out_dtype=out_dtype,
-        channels_last=ops.is_channels_last(x),
+        0.0,
+        None,
+        out_dtype,
+        ops.is_channels_last(x),
     )
     estimator = of_parameter(ste, ste_parameter, None if progress is None else progress[0])
     return y, _narrow(packed, x.shape[1]), _kept(estimator, x, shift)
@@ -158,12 +155,19 @@ def _kept(estimator: Estimator, x: Tensor, shift: Tensor | None) -> Tensor:
 
 def _within(x: Tensor, limit: float, shift: Tensor | None) -> Tensor:
     """The bits of |x + shift| <= limit: at or above the low end, and not above the high end."""
-    pack = torch.ops.binconv.pack_bits
-    end = torch.tensor(limit) if shift is None else limit - shift.detach()
-    above = torch.nextafter(end, torch.full_like(end, torch.inf))
     if shift is None:
-        return pack(x, -end.item(), None) & ~pack(x, above.item(), None)  # type: ignore[no-any-return]
-    return pack(x, 0.0, -limit - shift.detach()) & ~pack(x, 0.0, above)  # type: ignore[no-any-return]
+        low, high = _ends(limit)
+        return ops._pack_bits(x, low, None) ^ ops._pack_bits(x, high, None)
+    end = limit - shift.detach()
+    above = torch.nextafter(end, torch.full_like(end, torch.inf))
+    return ops._pack_bits(x, 0.0, -limit - shift.detach()) ^ ops._pack_bits(x, 0.0, above)
+
+
+@functools.cache
+def _ends(limit: float) -> tuple[float, float]:
+    """-limit in float32, and the number after limit."""
+    end = torch.tensor(limit, dtype=torch.float32, device="cpu")
+    return -end.item(), torch.nextafter(end, torch.full_like(end, torch.inf)).item()
 
 
 def _narrow(packed: Tensor, channels: int) -> Tensor:
@@ -208,6 +212,25 @@ def _fake_sign_conv2d(
     return y, bits, torch.empty(x.shape, dtype=torch.int8, **form)
 
 
+class _SignConv2d(torch.autograd.Function):
+    """What autograd records: the operator below autograd, and `_backward`.
+
+    Registered for the dispatch key itself: torch.library.register_autograd spends ten times as much
+    a call on an operator with this many arguments.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output: tuple[Tensor, Tensor, Tensor] = torch.ops.binconv.sign_conv2d.default(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grads[0])
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, _, scale, _, residual, _, progress, *arguments = inputs
     *geometry, _, ste, ste_parameter, weight_ste, weight_ste_parameter = arguments
@@ -218,7 +241,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.estimators = (ste, ste_parameter), (weight_ste, weight_ste_parameter)
 
 
-def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 19
     bits, kept, weight, scale, progress = ctx.saved_tensors
@@ -331,6 +354,4 @@ def _weight_gradients(
 for _key in ("CPU", "CUDA"):
     _library.impl("sign_conv2d", _sign_conv2d, _key)
 torch.library.register_fake("binconv::sign_conv2d", _fake_sign_conv2d, lib=_library)
-torch.library.register_autograd(
-    "binconv::sign_conv2d", _backward, setup_context=_save, lib=_library
-)
+_library.impl("sign_conv2d", _SignConv2d.apply, "Autograd")
