@@ -52,7 +52,11 @@ void cuda_synchronize(const Queue& queue) { check_cuda(cudaStreamSynchronize(que
 [[noreturn]] void fail_without_cuda() {
   throw std::logic_error("these tests were built without CUDA");
 }
+#if defined(BINCONV_TEST_EMULATION)
+Queue new_cuda_queue(int device) { return Queue::cuda(nullptr, device); }
+#else
 Queue new_cuda_queue(int) { fail_without_cuda(); }
+#endif
 uint8_t* cuda_allocate(int64_t) { fail_without_cuda(); }
 void cuda_free(void*) {}
 void cuda_copy(void*, const void*, int64_t, const Queue&) { fail_without_cuda(); }
@@ -60,6 +64,15 @@ void cuda_fill(void*, uint8_t, int64_t, const Queue&) { fail_without_cuda(); }
 void cuda_synchronize(const Queue&) { fail_without_cuda(); }
 
 #endif
+
+// An emulated GPU works in the host's memory, and has worked when a call returns.
+bool has_own_memory([[maybe_unused]] const Queue& queue) {
+#if defined(BINCONV_TEST_EMULATION)
+  return false;
+#else
+  return queue.is_cuda();
+#endif
+}
 
 int64_t page_bytes() {
   static const int64_t bytes = sysconf(_SC_PAGESIZE);
@@ -109,7 +122,7 @@ std::string describe(const Queue& queue) {
 }
 
 void synchronize(const Queue& queue) {
-  if (queue.is_cuda()) cuda_synchronize(queue);
+  if (has_own_memory(queue)) cuda_synchronize(queue);
 }
 
 // On a GPU the pages around the buffer can be read, and are checked instead.
@@ -129,7 +142,7 @@ Buffer::Buffer(const Queue& queue, int64_t bytes, int64_t alignment, Placement p
       offset_ = last - alignment;
       break;
   }
-  if (queue_.is_cuda()) {
+  if (has_own_memory(queue_)) {
     span_ = body + 2 * page;
     offset_ += page;
     base_ = cuda_allocate(span_);
@@ -149,7 +162,7 @@ Buffer::Buffer(const Queue& queue, int64_t bytes, int64_t alignment, Placement p
 }
 
 Buffer::~Buffer() {
-  if (queue_.is_cuda()) {
+  if (has_own_memory(queue_)) {
     cuda_free(base_);
   } else {
     munmap(base_ - page_bytes(), span_ + 2 * page_bytes());
@@ -160,7 +173,7 @@ void Buffer::write(const void* values) {
   const uint8_t* bytes = static_cast<const uint8_t*>(values);
   written_.assign(bytes, bytes + bytes_);
   if (bytes_ == 0) return;
-  if (queue_.is_cuda()) {
+  if (has_own_memory(queue_)) {
     cuda_copy(data(), values, bytes_, queue_);
   } else {
     std::memcpy(data(), values, bytes_);
@@ -172,7 +185,7 @@ void Buffer::remember() { written_ = read(); }
 std::vector<uint8_t> Buffer::read() const { return read_range(offset_, bytes_); }
 
 std::vector<uint8_t> Buffer::read_range(int64_t first, int64_t count) const {
-  if (!queue_.is_cuda()) return {base_ + first, base_ + first + count};
+  if (!has_own_memory(queue_)) return {base_ + first, base_ + first + count};
   std::vector<uint8_t> range(count);
   if (count > 0) cuda_copy(range.data(), base_ + first, count, queue_);
   return range;
@@ -189,7 +202,8 @@ void Buffer::check_guards(const char* name) const {
 
 void Buffer::check_unchanged(const char* name) const {
   check_guards(name);
-  if (!queue_.is_cuda() && std::equal(written_.begin(), written_.end(), as<uint8_t>())) return;
+  if (!has_own_memory(queue_) && std::equal(written_.begin(), written_.end(), as<uint8_t>()))
+    return;
   const Context context(std::string(name) + ", which must not change");
   CHECK_EQ(read(), written_);
 }

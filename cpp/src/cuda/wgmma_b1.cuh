@@ -2,6 +2,8 @@
 
 #include <cstdint>
 
+#include "cuda/wgmma_descriptor.cuh"
+
 // The warpgroup multiplication of bits, which CUTLASS 4.2 has no atom for:
 //
 //   d[m][n] += popcount over k of (a[m][k] & b[n][k]),  m < 64, n < kColumns, k < 256
@@ -11,15 +13,6 @@
 // fragments for wgmma.mma_async.m64nNk256").
 
 namespace binconv::cuda {
-
-// Both operands are rows of 16-byte chunks without swizzle: 8 rows 16 bytes apart are a core
-// matrix, the next 8 rows follow, and the second chunk of a row lies `chunk_step` bytes after the
-// first. Only the low word depends on the operand.
-constexpr uint64_t kRowStepDescriptor = uint64_t{128 >> 4} << 32;
-
-__device__ constexpr uint32_t descriptor_word(uint32_t first_byte, uint32_t chunk_step) {
-  return first_byte >> 4 | (chunk_step >> 4) << 16;
-}
 
 __device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void wgmma_commit() {

@@ -1,0 +1,12 @@
+#pragma once
+
+#include <cstdint>
+
+namespace binconv::emulation {
+
+// A random convolution on one kernel of the emulated GPU, compared with the reference. The shape,
+// the values, the epilogue, the memory, the size of the GPU, the plan and the order of the threads
+// are all drawn from the seed.
+void check_random_conv2d(const char* kernel, uint64_t seed);
+
+}  // namespace binconv::emulation

@@ -1,0 +1,174 @@
+#include <cuda_runtime.h>
+
+#include <cstring>
+#include <functional>
+#include <string>
+
+#include "conv2d_check.h"
+#include "cuda/halo.cuh"
+#include "emulation/cases.h"
+#include "emulation/copies.h"
+#include "emulation/fibers.h"
+#include "emulation/gpu.h"
+#include "emulation/wgmma.h"
+#include "test.h"
+
+// The library's CUDA kernels, compiled for the host, on the emulated GPU; and that the emulation
+// notices what a GPU would punish.
+
+namespace binconv::emulation {
+namespace {
+
+using namespace test;
+using cuda::shared;
+
+void check_random_convolutions(const char* kernel, int count) {
+  for (int seed = 1; seed <= count; ++seed) check_random_conv2d(kernel, seed);
+}
+
+void check_every_kind_of_plan_was_used() {
+  const PlanCounts& counts = plan_counts();
+  CHECK(counts.resident_64 > 0);
+  CHECK(counts.resident_128 > 0);
+  CHECK(counts.streamed > 0);
+  CHECK(counts.several_images > 0);
+  CHECK(counts.cut_rows > 0);
+  CHECK(counts.shared_padding > 0);
+}
+
+// Both tensor-core kernels finish sums in the same way, and this one is quicker here.
+void check_largest_sums(const char* kernel) {
+  device() = kHopper;
+  Conv2dShape shape = {
+      .batch = 1,
+      .in_height = 1,
+      .in_width = 1,
+      .weight = {.out_channels = 2, .in_channels = 1, .kernel_height = 1, .kernel_width = 1}};
+  while (cuda::halo_accepts(shape)) shape.weight.in_channels += 128;
+  shape.weight.in_channels = (shape.weight.in_channels - 1) / 128 * 128;
+  CHECK(cuda::halo_accepts(shape));
+  for (int weight : {-1, 1}) {
+    const Problem problem = Problem::constant(shape, 1, weight);
+    Run(problem, queues()[0].with_kernel(kernel)).check({});
+  }
+}
+
+void check_failure(int threads, const char* expected, const std::function<void()>& kernel) {
+  constexpr int kSharedBytes = 16 * 1024;
+  std::string message = "none";
+  try {
+    run_grid(dim3(1), dim3(threads), kSharedBytes, kernel);
+  } catch (const Failure& failure) {
+    message = failure.what();
+  }
+  const Context context("the failure \"" + message + "\", expected one with \"" + expected + "\"");
+  CHECK(message.find(expected) != std::string::npos);
+}
+
+constexpr uint64_t kOperand = uint64_t{128 >> 4} << 32 | uint64_t{1024 >> 4} << 16 | 1024 >> 4;
+
+}  // namespace
+
+TEST(EmulatedDirect, RandomShapesMatchReference) { check_random_convolutions("cuda_direct", 100); }
+
+TEST(EmulatedSm80, RandomShapesMatchReference) {
+  plan_counts() = {};
+  check_random_convolutions("cuda_sm80", 60);
+  check_every_kind_of_plan_was_used();
+}
+
+TEST(EmulatedSm90, RandomShapesMatchReference) {
+  plan_counts() = {};
+  check_random_convolutions("cuda_sm90", 100);
+  check_every_kind_of_plan_was_used();
+}
+
+TEST(EmulatedSm90, LargestSumsAreExact) { check_largest_sums("cuda_sm90"); }
+
+TEST(Emulation, ReportsThreadsThatWaitForever) {
+  check_failure(64, "threads 0 to 31 wait in named barrier", [] {
+    if (threadIdx.x < 32) __syncthreads();
+  });
+  check_failure(32, "wait in mbarrier wait(64, 0)", [] {
+    if (threadIdx.x == 0) init_barrier(shared<void*>(64), 2);
+    __syncwarp();
+    if (threadIdx.x == 0) arrive(shared<void*>(64));
+    wait_for_parity(shared<void*>(64), 0);
+  });
+  check_failure(384, "wait in setmaxnreg.inc", [] { take_registers(208); });
+}
+
+TEST(Emulation, ReportsWarpsThatDiverge) {
+  check_failure(32, "the lanes of a warp are at",
+                [] { threadIdx.x == 0 ? void(__shfl_sync(~0u, 1, 0)) : __syncwarp(); });
+}
+
+TEST(Emulation, ReportsMisusedBarriers) {
+  check_failure(32, "is not initialized", [] { arrive(shared<void*>(0)); });
+  check_failure(32, "is initialized twice", [] { init_barrier(shared<void*>(0), 32); });
+  check_failure(32, "is not aligned to 8", [] { init_barrier(shared<void*>(4), 32); });
+  check_failure(32, "was overwritten", [] {
+    if (threadIdx.x == 0) init_barrier(shared<void*>(0), 32);
+    __syncwarp();
+    if (threadIdx.x == 0) *shared<uint32_t>(4) = 1;
+  });
+  check_failure(32, "too many arrivals", [] {
+    if (threadIdx.x > 0) return;
+    init_barrier(shared<void*>(0), 1);
+    expect_bytes(shared<void*>(0), 16);
+    arrive(shared<void*>(0));
+    arrive(shared<void*>(0));
+  });
+}
+
+TEST(Emulation, ReportsAccessBeyondSharedMemory) {
+  check_failure(32, "written beyond shared memory", [] { *shared<int>(16 * 1024) = 1; });
+  alignas(16) static constexpr uint8_t kBytes[32] = {};
+  check_failure(32, "beyond 16384 bytes", [] {
+    if (threadIdx.x > 0) return;
+    init_barrier(shared<void*>(0), 1);
+    copy_bulk(kBytes, shared<void*>(0), shared<void*>(16 * 1024 - 16), 32);
+  });
+  check_failure(kWarpgroup, "wgmma touches", [] {
+    int32_t d[32];
+    fence_accumulators();
+    multiply_async(d, 64, false, kOperand, kOperand + 960);
+  });
+}
+
+TEST(Emulation, ReportsCopiesAndMultiplicationsThatNobodyWaitsFor) {
+  alignas(16) static constexpr uint8_t kBytes[16] = {};
+  check_failure(32, "copies in flight", [] {
+    if (threadIdx.x > 0) return;
+    init_barrier(shared<void*>(0), 1);
+    copy_bulk(kBytes, shared<void*>(0), shared<void*>(16), 16);
+  });
+  check_failure(kWarpgroup, "multiplications in flight", [] {
+    int32_t d[32];
+    fence_accumulators();
+    multiply_async(d, 64, false, kOperand, kOperand);
+    commit_multiplications();
+  });
+  check_failure(kWarpgroup, "without wgmma.fence", [] {
+    int32_t d[32];
+    multiply_async(d, 64, false, kOperand, kOperand);
+  });
+}
+
+TEST(Emulation, RefusesLaunchesThatDoNotFit) {
+  device() = kAda;
+  const auto launches = [](int shared_bytes, int threads) {
+    const cudaLaunchConfig_t config = {.gridDim = 1,
+                                       .blockDim = static_cast<unsigned>(threads),
+                                       .dynamicSmemBytes = static_cast<size_t>(shared_bytes)};
+    return cudaLaunchKernelEx(&config, +[](int) {}, 1) == cudaSuccess;
+  };
+  CHECK(launches(48 * 1024, 128));
+  CHECK(!launches(48 * 1024 + 16, 128));
+  CHECK(!launches(0, 2048));
+  CHECK_EQ(cudaFuncSetAttribute(
+               +[](int) {}, cudaFuncAttributeMaxDynamicSharedMemorySize, 100 * 1024),
+           cudaErrorInvalidValue);
+}
+
+}  // namespace binconv::emulation
