@@ -30,7 +30,7 @@ std::vector<Sample> samples() {
   for (uint64_t seed = 0; all.size() < 600; ++seed) {
     Random random(seed);
     const Conv2dShape shape = random_shape(random);
-    if (shape.batch == 0 || !halo_accepts(shape)) continue;
+    if (shape.batch == 0 || !halo_accepts(shape, kAda.shared_bytes)) continue;
     for (const HaloLimits& limits : {kHopper, kAda, kFewProcessors}) {
       all.push_back({shape, plan_halo(shape, limits)});
     }
@@ -175,7 +175,7 @@ TEST(Halo, ShapesThatTheTensorCoresCannotTakeAreLeftToAnotherKernel) {
   const auto accepts = [](auto change) {
     Conv2dShape shape = shape_3x3(2, 256, 16, 16, 256);
     change(shape);
-    return halo_accepts(shape);
+    return halo_accepts(shape, kHopper.shared_bytes);
   };
   CHECK(accepts([](Conv2dShape&) {}));
   CHECK(accepts([](Conv2dShape& s) { s.weight.groups = 2; }));

@@ -275,6 +275,11 @@ bool runs_on(const Target& target) {
   }
 }
 
+bool accepts(const Conv2dShape& shape) {
+  constexpr int64_t kLeastShared = 99 * 1024;  // What a block can have on sm_86 and sm_89.
+  return halo_accepts(shape, kLeastShared);
+}
+
 void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
   const HaloLimits limits = {.multiprocessors = multiprocessors(queue.device()),
                              .shared_bytes = shared_bytes(queue.device()),
@@ -290,7 +295,7 @@ void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
 
 const Kernel kConv2dSm80 = {.name = "cuda_sm80",
                             .runs_on = runs_on,
-                            .accepts = halo_accepts,
+                            .accepts = accepts,
                             .prepared_bytes = prepared_bytes,
                             .prepare = prepare_weight,
                             .workspace_bytes = no_workspace,

@@ -415,6 +415,11 @@ CUtensorMap input_map(const Conv2dArgs& args, const HaloPlan& plan) {
   return map;
 }
 
+bool accepts(const Conv2dShape& shape) {
+  constexpr int64_t kShared = 227 * 1024;  // What a block can have on sm_90.
+  return halo_accepts(shape, kShared);
+}
+
 void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
   const HaloLimits limits = {.multiprocessors = multiprocessors(queue.device()),
                              .shared_bytes = shared_bytes(queue.device()),
@@ -434,7 +439,7 @@ void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
 
 const Kernel kConv2dSm90 = {.name = "cuda_sm90",
                             .runs_on = runs_on,
-                            .accepts = halo_accepts,
+                            .accepts = accepts,
                             .prepared_bytes = prepared_bytes,
                             .prepare = prepare_weight,
                             .workspace_bytes = no_workspace,

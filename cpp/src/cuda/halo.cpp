@@ -23,8 +23,6 @@ constexpr int64_t kMaxBorderClasses = 64;
 // 4 * popcount(a & w) + T, at most 3 times this, stays below 2^22, so that the epilogue can hold it
 // in a float's mantissa.
 constexpr int64_t kMaxBits = (int64_t{1} << 22) / 3;
-// What sm_89 gives a block; every plan's smallest tile fits into it.
-constexpr int64_t kLeastShared = 99 * 1024;
 
 AxisShape rows_of(const Conv2dShape& s) {
   return {s.in_height,     s.out_height(), s.weight.kernel_height,
@@ -138,7 +136,6 @@ class Planner {
     return plan;
   }
 
-  // What is left where nothing else fits; it decides whether a shape can be taken.
   HaloPlan smallest() const {
     const int64_t columns = std::min<int64_t>(columns_.out, 8);
     return plan(1, columns, 1, pitch_of(columns_, columns));
@@ -190,6 +187,17 @@ class Planner {
   PreparedLayout weight_;
   HaloPlan common_ = {};
 };
+
+// What is left where nothing else fits; it decides whether a shape can be taken.
+std::optional<HaloPlan> smallest_plan(const Conv2dShape& shape, int64_t shared_bytes) {
+  for (const bool is_streamed : {false, true}) {
+    if (is_streamed && !has_whole_blocks(shape.weight)) continue;
+    const Planner planner(shape, is_streamed ? 128 : 64, is_streamed);
+    const HaloPlan plan = planner.smallest();
+    if (planner.fits(plan, shared_bytes)) return plan;
+  }
+  return std::nullopt;
+}
 
 struct Best {
   std::optional<HaloPlan> plan;
@@ -317,7 +325,7 @@ HaloLayout halo_layout(const HaloPlan& plan, const WeightShape& weight) {
   return at;
 }
 
-bool halo_accepts(const Conv2dShape& shape) {
+bool halo_accepts(const Conv2dShape& shape, int64_t shared_bytes) {
   const WeightShape& weight = shape.weight;
   const int64_t group_in = weight.in_channels / weight.groups;
   const int64_t group_out = weight.out_channels / weight.groups;
@@ -338,9 +346,7 @@ bool halo_accepts(const Conv2dShape& shape) {
   }
   if (largest_shift(rows_of(shape)) + 1 > kBoxLimit) return false;
   if (largest_shift(columns_of(shape)) + 8 > kBoxLimit) return false;
-  const bool is_streamed = has_whole_blocks(weight);
-  const Planner planner(shape, is_streamed ? 128 : 64, is_streamed);
-  return planner.fits(planner.smallest(), kLeastShared);
+  return smallest_plan(shape, shared_bytes).has_value();
 }
 
 HaloPlan plan_halo(const Conv2dShape& shape, const HaloLimits& limits) {
@@ -362,7 +368,7 @@ HaloPlan plan_halo(const Conv2dShape& shape, const HaloLimits& limits) {
     search(Planner(shape, 128, true), limits, shape.batch, best);
   }
   if (best.plan) return *best.plan;
-  return Planner(shape, whole_blocks ? 128 : 64, whole_blocks).smallest();
+  return *smallest_plan(shape, limits.shared_bytes);
 }
 
 }  // namespace binconv::cuda

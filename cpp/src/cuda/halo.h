@@ -82,10 +82,11 @@ struct HaloLayout {
 
 HaloLayout halo_layout(const HaloPlan& plan, const WeightShape& weight);
 
-// Whether the kernels built on this take a shape at all; cheap.
-bool halo_accepts(const Conv2dShape& shape);
+// Whether a kernel built on this, whose blocks can have that much shared memory, takes a shape at
+// all; cheap.
+bool halo_accepts(const Conv2dShape& shape, int64_t shared_bytes);
 
-// The plan of the least estimated time; the shape is one that halo_accepts.
+// The plan of the least estimated time; the shape is one that halo_accepts with no more memory.
 HaloPlan plan_halo(const Conv2dShape& shape, const HaloLimits& limits);
 
 // Border classes: output rows (or columns) that lose the same taps to the padding. Class 0 loses
