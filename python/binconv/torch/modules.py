@@ -247,8 +247,10 @@ class BinaryConv2d(nn.Conv2d):
         return scale.expand(self.out_channels).contiguous()
 
     def _keeps_weight(self) -> bool:
-        # A parametrized weight is a new tensor at every access: there is nothing to keep.
-        return not self.training and self._prepared is not None and "weight" in self._parameters
+        # A parametrized weight is a new tensor at every access: there is nothing to keep. And what
+        # is kept is laid out for this device, where an exported program may run on any.
+        can_keep = self._prepared is not None and "weight" in self._parameters
+        return can_keep and not self.training and not _is_exporting()
 
     def _kept_weight(self) -> tuple[Tensor, Tensor | None]:
         if self._kept_shape != self.weight.shape:
@@ -358,6 +360,10 @@ class RPReLU(nn.Module):
     def extra_repr(self) -> str:
         """The number of channels."""
         return str(len(self.slope))
+
+
+def _is_exporting() -> bool:
+    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # From torch 2.7 on.
 
 
 def _float(parameter: Tensor | None) -> Tensor | None:
