@@ -111,6 +111,27 @@ def test_the_gradient_is_that_of_the_signs(device):
     reference_torch.assert_gradient_is(layer.scale.grad, of_scale)
 
 
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("kind", ["BinaryConv2d", "BinaryConv2dCutlass"])
+def test_compiled_layers_give_weights_of_one_byte_their_gradient(device, kind, copied):
+    torch.manual_seed(0)
+    if kind == "BinaryConv2d":
+        layer = BinaryConv2d(16, 8, 3)
+        layer.store_weight_as_int8()
+    else:
+        layer = BinaryConv2dCutlass(16, 8, 3)
+        layer.prepare_params()
+    layer = copy.deepcopy(layer.to(device)) if copied else layer.to(device)
+    x = torch.randn(2, 16, 6, 6, device=device)
+    layer.set_activation(x) if kind == "BinaryConv2dCutlass" else None
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled(x).square().sum().backward()
+    got, layer.weight.grad = layer.weight.grad, None
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(got, layer.weight.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_moving_a_model_keeps_weights_and_gradients_of_one_byte(device):
     model = int8_network()
     x, labels = data()

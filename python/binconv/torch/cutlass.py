@@ -113,6 +113,7 @@ class BinaryConv2dCutlass(nn.Module):
     def _set_weight(self, weight: nn.Parameter | None) -> None:
         self.weight, self.qweight = weight, None
         self._kept: tuple[Any, Tensor] | None = None
+        self._leaf_of_weight()
 
     def set_weight_data(self, x: Tensor) -> None:
         """Takes weights (O, I, KH, KW), float or int8, and prepares them (`prepare_params`).
@@ -145,6 +146,7 @@ class BinaryConv2dCutlass(nn.Module):
         self.qweight = nn.Parameter(qweight, requires_grad=False)
         if had_weight:
             self.weight = BinaryParameter(self._signs())
+            self._leaf_of_weight()
 
     def prepare_params(self) -> None:
         """Float weights become int8 signs, and scale_w their mean magnitude; int8 ones stay.
@@ -174,6 +176,7 @@ class BinaryConv2dCutlass(nn.Module):
         self.qweight = nn.Parameter(bits.clone(), requires_grad=False)
         if qweight_only:
             self.weight = None
+            self._leaf_of_weight()
 
     def set_bits_binary_word(self, num_bit: int) -> None:
         """Takes 8, the bits in a value of qweight; raises ValueError for another number."""
@@ -246,7 +249,7 @@ class BinaryConv2dCutlass(nn.Module):
         if self.training:
             self._need_weight("forward in training")
             self._start_scale(x)
-        if wants_gradient(x, self.bias_a, self.scale_a, self.weight, self._leaf()):
+        if wants_gradient(x, self.bias_a, self.scale_a, self.weight, self._leaf_of_weight()):
             return self._forward_with_gradient(x)
         out: Tensor = torch.ops.binconv.packed_conv2d(
             torch.ops.binconv.pack_bits(x, 0.0, -self.bias_a.float()),
@@ -267,7 +270,7 @@ class BinaryConv2dCutlass(nn.Module):
         shifted = x + self.bias_a.float().view(-1, 1, 1)
         scale = self._activation_scale().detach()
         weight = self._signs() if self.weight is None else self.weight
-        leaf = self._leaf()
+        leaf = self._leaf_of_weight()
         if leaf is None and weight.is_floating_point():
             leaf = weight
         if leaf is not None:
@@ -283,8 +286,10 @@ class BinaryConv2dCutlass(nn.Module):
             weight_ste=IDENTITY,
         )
 
-    def _leaf(self) -> Tensor | None:
-        return self.weight.leaf if isinstance(self.weight, BinaryParameter) else None
+    def _leaf_of_weight(self) -> Tensor | None:
+        if not torch.compiler.is_compiling():  # Which cannot look into the parameter itself.
+            self._leaf = self.weight.leaf if isinstance(self.weight, BinaryParameter) else None
+        return self._leaf
 
     def _check_input(self, x: Tensor) -> None:
         check_tensor("x", x, FLOATS, rank=4)
@@ -338,6 +343,7 @@ class BinaryConv2dCutlass(nn.Module):
         if is_int8 and not isinstance(self.weight, BinaryParameter):
             assert self.weight is not None
             self.weight = BinaryParameter(self.weight)
+        self._leaf_of_weight()
 
     def _apply(self, fn: Any, recurse: bool = True) -> BinaryConv2dCutlass:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -345,7 +351,11 @@ class BinaryConv2dCutlass(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": None}  # Of use in this process alone.
+        return self.__dict__ | {"_kept": None, "_leaf": None}  # Of use in this process alone.
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._leaf_of_weight()
 
     def extra_repr(self) -> str:
         """The arguments."""

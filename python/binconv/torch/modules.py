@@ -159,7 +159,7 @@ class BinaryConv2d(nn.Conv2d):
             return self._forward_bits(x.data, prepared, scale, bias, torch.float32, True)
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
-        leaf = self.weight.leaf if isinstance(self.weight, BinaryParameter) else None
+        leaf = self._leaf_of_weight()
         if wants_gradient(x, self.weight, leaf, shift, scale, bias):
             return sign_conv2d(
                 x,
@@ -177,6 +177,12 @@ class BinaryConv2d(nn.Conv2d):
             )
         packed = torch.ops.binconv.pack_bits(x, 0.0, None if shift is None else -shift)
         return self._forward_bits(packed, prepared, scale, bias, x.dtype, ops.is_channels_last(x))
+
+    def _leaf_of_weight(self) -> Tensor | None:
+        if not torch.compiler.is_compiling():  # Which cannot look into the parameter itself.
+            weight: Tensor = self.weight
+            self._leaf = weight.leaf if isinstance(weight, BinaryParameter) else None
+        return self._leaf
 
     def _forward_bits(
         self,
@@ -241,8 +247,10 @@ class BinaryConv2d(nn.Conv2d):
         return scale.expand(self.out_channels).contiguous()
 
     def _keeps_weight(self) -> bool:
-        # A parametrized weight is a new tensor at every access: there is nothing to keep.
-        return not self.training and self._prepared is not None and "weight" in self._parameters
+        # A parametrized weight is a new tensor at every access: there is nothing to keep. And what
+        # is kept is laid out for this device, where an exported program may run on any.
+        can_keep = self._prepared is not None and "weight" in self._parameters
+        return can_keep and not self.training and not _is_exporting()
 
     def _kept_weight(self) -> tuple[Tensor, Tensor | None]:
         if self._kept_shape != self.weight.shape:
@@ -263,6 +271,7 @@ class BinaryConv2d(nn.Conv2d):
         # Not buffers: neither a state_dict nor a broadcast of buffers should see them.
         weight = self.weight
         self._prepared: Tensor | None = None
+        self._leaf_of_weight()
         self._kept_shape = weight.shape
         # What fully_shard gathers for each call looks unchanged when it is not: keep nothing then.
         if weight.is_meta or hasattr(weight, "placements"):
@@ -287,7 +296,13 @@ class BinaryConv2d(nn.Conv2d):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_prepared", "_kept_shape", "_scale", "_stamp")  # Of use in this process alone.
+        kept = (
+            "_prepared",
+            "_leaf",
+            "_kept_shape",
+            "_scale",
+            "_stamp",
+        )  # Of use in this process alone.
         return {key: value for key, value in self.__dict__.items() if key not in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -345,6 +360,10 @@ class RPReLU(nn.Module):
     def extra_repr(self) -> str:
         """The number of channels."""
         return str(len(self.slope))
+
+
+def _is_exporting() -> bool:
+    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # From torch 2.7 on.
 
 
 def _float(parameter: Tensor | None) -> Tensor | None:
