@@ -10,13 +10,10 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .binary_parameter import BinaryParameter
 from .estimators import EDE, Clip, Estimator, Identity, of_parameter
 
 CLIP = Clip()
 LEVELS = 127  # Of the derivatives that backward keeps as 8-bit codes, on either side of 0.
-
-_PLAIN = (Tensor, torch.nn.Parameter, BinaryParameter)
 
 _library = torch.library.Library("binconv", "FRAGMENT")
 _library.define(
@@ -75,7 +72,7 @@ def sign_conv2d(
         ste: the estimator for x + shift.
         weight_ste: the estimator for weight.
     """
-    inputs = (
+    y: Tensor = torch.ops.binconv.sign_conv2d.default(
         x,
         weight,
         leaf,
@@ -91,24 +88,8 @@ def sign_conv2d(
         _parameter(ste, progress),
         weight_ste.name,
         _parameter(weight_ste, progress),
-    )
-    watched = _is_watched(x, weight)
-    call: Any = torch.ops.binconv.sign_conv2d.default if watched else _SignConv2d.apply
-    y: Tensor = call(*inputs)[0]
+    )[0]
     return y
-
-
-def _is_watched(*tensors: Tensor) -> bool:
-    """Whether something traces, intercepts or transforms operators, so that they must be called.
-
-    The dispatcher takes the host a quarter of the time of a call with this many arguments.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(type(t) not in _PLAIN or t.device.type not in ("cpu", "cuda") for t in tensors)
-    )
 
 
 def _parameter(estimator: Estimator, progress: Tensor | None) -> float:
@@ -240,11 +221,8 @@ class _SignConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        if not _is_watched(*inputs[:2]):
-            output = _sign_conv2d(*inputs)
-        else:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = torch.ops.binconv.sign_conv2d.default(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            output: tuple[Tensor, Tensor, Tensor] = torch.ops.binconv.sign_conv2d.default(*inputs)
         _save(ctx, inputs, output)
         return output
 
