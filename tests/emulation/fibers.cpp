@@ -196,7 +196,6 @@ test::Random& random() {
 
 void seed_random(uint64_t seed) { random() = test::Random(seed); }
 
-int block_threads() { return thread_count; }
 int this_thread() { return current; }
 
 void run_threads(int threads, const std::function<void()>& body) {

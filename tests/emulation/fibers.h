@@ -46,9 +46,7 @@ void seed_random(uint64_t seed);
 // Runs `body` in every thread of a block until all have returned. Throws Failure.
 void run_threads(int threads, const std::function<void()>& body);
 
-// Of the block that runs, and of the fiber that calls.
-int block_threads();
-int this_thread();
+int this_thread();  // That calls.
 
 using Waiters = std::vector<int>;
 

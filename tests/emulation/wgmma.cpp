@@ -110,9 +110,8 @@ void spoil_changed_rows(const Multiplication& op, const Operands& now, Products&
   static Products before;
   multiply(op.at_issue, op.columns, before);
   for (int m = 0; m < kRows; ++m) {
-    for (int n = 0; n < op.columns; ++n) {
-      if (products[m][n] != before[m][n]) products[m].fill(kNonsense);
-    }
+    const auto end = products[m].begin() + op.columns;
+    if (!std::equal(products[m].begin(), end, before[m].begin())) products[m].fill(kNonsense);
   }
 }
 
