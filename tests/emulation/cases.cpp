@@ -41,7 +41,7 @@ int64_t random_extent(Random& random) {
 }
 
 // Of those that tensor cores take, which test::random_shape seldom draws.
-Conv2dShape random_tensor_core_shape(Random& random, int64_t max_work) {
+Conv2dShape random_tensor_core_shape(Random& random, int64_t shared_bytes, int64_t max_work) {
   constexpr int64_t kMaxValues = 10'000'000;
   for (;;) {
     Conv2dShape s;
@@ -60,7 +60,8 @@ Conv2dShape random_tensor_core_shape(Random& random, int64_t max_work) {
       s.pad_left = s.pad_right = (s.weight.kernel_width - 1) * s.dilation_width / 2;
     }
     s.pad_value = static_cast<int>(random.between(-1, 1));
-    if (s.out_height() < 1 || s.out_width() < 1 || !cuda::halo_accepts(s)) continue;
+    if (s.out_height() < 1 || s.out_width() < 1) continue;
+    if (!cuda::halo_accepts(s, shared_bytes)) continue;
     const int64_t group_channels = s.weight.in_channels / s.weight.groups;
     const int64_t window = group_channels * s.weight.kernel_height * s.weight.kernel_width;
     const int64_t pixels = s.batch * s.out_height() * s.out_width();
@@ -72,8 +73,12 @@ Conv2dShape random_tensor_core_shape(Random& random, int64_t max_work) {
 
 // Warps multiply slowly here: their lanes meet for every instruction.
 Conv2dShape shape_for(const std::string& kernel, Random& random) {
-  if (kernel == "cuda_sm90") return random_tensor_core_shape(random, 300'000'000);
-  if (kernel == "cuda_sm80") return random_tensor_core_shape(random, 10'000'000);
+  if (kernel == "cuda_sm90") {
+    return random_tensor_core_shape(random, device().shared_bytes, 300'000'000);
+  }
+  if (kernel == "cuda_sm80") {
+    return random_tensor_core_shape(random, kAda.shared_bytes, 10'000'000);
+  }
   return random_shape(random);
 }
 
@@ -94,8 +99,8 @@ Problem random_problem(Random& random, const Conv2dShape& shape, uint64_t seed) 
 
 void check_random_conv2d(const char* kernel, uint64_t seed) {
   Random random(seed);
-  const Conv2dShape shape = shape_for(kernel, random);
   device() = random_device(random, seed);
+  const Conv2dShape shape = shape_for(kernel, random);
   const Context context(std::string(kernel) + ", seed " + std::to_string(seed) + ": " +
                         describe(shape) + ", on " + std::to_string(device().multiprocessors) +
                         " multiprocessors with " + std::to_string(device().shared_bytes) +
