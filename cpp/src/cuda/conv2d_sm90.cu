@@ -219,6 +219,12 @@ __device__ void finish(const TileConv& args, const Consumer& self,
   __syncwarp();  // No lane still reads the pixels.
 }
 
+// Both operands are rows of 16-byte chunks without swizzle: 8 rows 16 bytes apart are a core
+// matrix, and the next 8 rows follow. That is the high word of their descriptors; where they start,
+// and how much further the second chunk of a row lies, is the low word, in units of 16 bytes as in
+// HaloPair.
+constexpr uint64_t kRowStepDescriptor = uint64_t{128 / kChunkBytes} << 32;
+
 // halo, weights: addresses in units of 16 bytes.
 template <bool kAccumulate, int kSize>
 __device__ void multiply_pair(int32_t (&acc)[kSize], uint32_t halo, uint32_t weights,

@@ -2,8 +2,6 @@
 
 #include <cstdint>
 
-#include "cuda/wgmma_descriptor.cuh"
-
 // The warpgroup multiplication of bits, which CUTLASS 4.2 has no atom for:
 //
 //   d[m][n] += popcount over k of (a[m][k] & b[n][k]),  m < 64, n < kColumns, k < 256

@@ -1,6 +1,5 @@
 #pragma once
 
-#include "cuda/wgmma_descriptor.cuh"
 #include "emulation/wgmma.h"
 
 // In place of the library's wgmma_b1.cuh, which is made of PTX.
