@@ -183,6 +183,14 @@ TEST(Halo, ShapesThatTheTensorCoresCannotTakeAreLeftToAnotherKernel) {
   CHECK(!accepts([](Conv2dShape& s) { s.stride_width = 9; }));   // Beyond a tensor map's step.
   CHECK(!accepts([](Conv2dShape& s) { s.in_width = 1; }));       // Taps lost on both sides.
   CHECK(!accepts([](Conv2dShape& s) { s.weight.in_channels = int64_t{1} << 20; }));
+  CHECK(!accepts([](Conv2dShape& s) { s.weight.out_channels = int64_t{1} << 23; }));
+  CHECK(!accepts([](Conv2dShape& s) {  // Positions beyond 2^31, though few outputs.
+    s.pad_value = -1;
+    s.pad_top = s.pad_bottom = (int64_t{1} << 31) - 1;
+    s.stride_height = 8;
+    s.batch = s.in_width = s.weight.kernel_width = 1;
+    s.pad_left = s.pad_right = 0;
+  }));
 }
 
 }  // namespace binconv::test

@@ -20,6 +20,7 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 constexpr int64_t kBoxLimit = 256;  // Extents of a tensor-map box.
 constexpr int64_t kStrideLimit = 8;
 constexpr int64_t kMaxBorderClasses = 64;
+constexpr int64_t kMaxChannels = 64 * 65535;  // Blocks of channels are the grid's second extent.
 // 4 * popcount(a & w) + T, at most 3 times this, stays below 2^22, so that the epilogue can hold it
 // in a float's mantissa.
 constexpr int64_t kMaxBits = (int64_t{1} << 22) / 3;
@@ -37,6 +38,12 @@ int64_t phases_of(const AxisShape& a) {
   return std::min(a.stride, (a.kernel - 1) * a.dilation + 1);
 }
 int64_t largest_shift(const AxisShape& a) { return (a.kernel - 1) * a.dilation / a.stride; }
+
+// Whether every position that a tile can read, also beyond the output, is an int32.
+bool has_narrow_positions(const AxisShape& a) {
+  return (a.out + kBoxLimit) * a.stride + (a.kernel - 1) * a.dilation <=
+         std::numeric_limits<int32_t>::max();
+}
 
 // How far the columns of a tap reach beyond the pitch in the last of `columns` output columns.
 int64_t overflow(const AxisShape& a, int64_t columns, int64_t tap, int64_t pitch) {
@@ -333,8 +340,12 @@ bool halo_accepts(const Conv2dShape& shape, int64_t shared_bytes) {
   const int64_t taps = weight.kernel_height * weight.kernel_width;
   if (taps > kMaxTaps || taps * round_up(group_in, kChunkBits) > kMaxBits) return false;
   if (std::max(shape.stride_height, shape.stride_width) > kStrideLimit) return false;
+  if (weight.out_channels > kMaxChannels) return false;
   const int64_t pixels = shape.batch * shape.out_height() * shape.out_width();
   if (pixels > std::numeric_limits<int32_t>::max()) return false;
+  if (!has_narrow_positions(rows_of(shape)) || !has_narrow_positions(columns_of(shape))) {
+    return false;
+  }
   if (shape.pad_value != -1) {
     const BorderClasses rows = border_classes(rows_of(shape));
     const BorderClasses columns = border_classes(columns_of(shape));
