@@ -16,12 +16,13 @@ namespace {
 
 using namespace cuda;
 
-constexpr HaloLimits kHopper{132, 227 * 1024, 4};
-constexpr HaloLimits kAda{142, 99 * 1024, 4};
-constexpr HaloLimits kFewProcessors{2, 227 * 1024, 4};
+constexpr HaloLimits kHopper{132, 227 * 1024, 4, 32};
+constexpr HaloLimits kAda{142, 99 * 1024, 4, 64};
+constexpr HaloLimits kFewProcessors{2, 227 * 1024, 4, 32};
 
 struct Sample {
   Conv2dShape shape;
+  HaloLimits limits;
   HaloPlan plan;
 };
 
@@ -32,7 +33,7 @@ std::vector<Sample> samples() {
     const Conv2dShape shape = random_shape(random);
     if (shape.batch == 0 || !halo_accepts(shape, kAda.shared_bytes)) continue;
     for (const HaloLimits& limits : {kHopper, kAda, kFewProcessors}) {
-      all.push_back({shape, plan_halo(shape, limits)});
+      all.push_back({shape, limits, plan_halo(shape, limits)});
     }
   }
   return all;
@@ -90,7 +91,7 @@ bool reads_what_it_must(const Sample& sample, const std::array<int64_t, 3>& tile
 }  // namespace
 
 TEST(Halo, PlansFitAndCoverTheOutput) {
-  for (const auto& [shape, plan] : samples()) {
+  for (const auto& [shape, limits, plan] : samples()) {
     const Context context(describe(shape));
     CHECK(plan.row_tiles * plan.tile_rows >= shape.out_height());
     CHECK((plan.row_tiles - 1) * plan.tile_rows < shape.out_height());
@@ -98,9 +99,11 @@ TEST(Halo, PlansFitAndCoverTheOutput) {
     CHECK((plan.column_tiles - 1) * plan.tile_columns < shape.out_width());
     const int64_t image_tiles = plan.tiles / plan.row_tiles / plan.column_tiles;
     CHECK(image_tiles * plan.tile_images >= shape.batch);
-    CHECK(halo_layout(plan, shape.weight).total <= kHopper.shared_bytes);
-    CHECK(!plan.is_streamed || plan.runs <= kHopper.streamed_runs);
-    CHECK(plan.block_channels == 64 || plan.block_channels == 128);
+    CHECK(halo_layout(plan, shape.weight).total <= limits.shared_bytes);
+    CHECK(!plan.is_streamed || plan.runs <= limits.streamed_runs);
+    const int channels = plan.block_channels;
+    CHECK(channels == 32 || channels == 64 || channels == 128);
+    CHECK(channels >= (plan.is_streamed ? 128 : limits.least_channels));
   }
 }
 
@@ -119,7 +122,7 @@ TEST(Halo, EveryTapFindsItsInputInSharedMemory) {
 }
 
 TEST(Halo, PairsHoldEveryChunkOfEveryTapOnce) {
-  for (const auto& [shape, plan] : samples()) {
+  for (const auto& [shape, limits, plan] : samples()) {
     const Context context(describe(shape));
     const PreparedLayout weight = prepared_layout(shape.weight);
     const HaloTables tables = halo_tables(shape, plan);

@@ -81,6 +81,7 @@ TEST(EmulatedSm90, RandomShapesMatchReference) {
   plan_counts() = {};
   check_random_convolutions("cuda_sm90", 100);
   check_every_kind_of_plan_was_used();
+  CHECK(plan_counts().resident_32 > 0);
 }
 
 TEST(EmulatedSm90, LargestSumsAreExact) { check_largest_sums("cuda_sm90"); }

@@ -26,7 +26,8 @@ Device& device();
 
 // How many launches had each kind of plan.
 struct PlanCounts {
-  int64_t resident_64, resident_128, streamed, several_images, cut_rows, shared_padding;
+  int64_t resident_32, resident_64, resident_128, streamed, several_images, cut_rows,
+      shared_padding;
 };
 PlanCounts& plan_counts();
 

@@ -14,7 +14,9 @@ std::optional<HaloPlan> draw_plan(const Conv2dShape& shape, const HaloLimits& li
                                   test::Random& random) {
   const bool whole_blocks = has_whole_blocks(shape.weight);
   const bool is_streamed = whole_blocks && random.one_in(3);
-  const int channels = is_streamed || (whole_blocks && random.one_in(2)) ? 128 : 64;
+  const bool is_wide = is_streamed || (whole_blocks && random.one_in(2));
+  const bool is_narrow = limits.least_channels < 64 && random.one_in(3);
+  const int channels = is_wide ? 128 : is_narrow ? 32 : 64;
   const int64_t out_height = shape.out_height(), out_width = shape.out_width();
   const int64_t columns = random.one_in(2) ? out_width : random.between(1, out_width);
   const int64_t rows = random.one_in(5) ? out_height : random.between(1, out_height);
@@ -45,6 +47,7 @@ HaloPlan plan_halo(const Conv2dShape& shape, const HaloLimits& limits) {
   const HaloPlan plan = choose_plan(shape, limits);
   emulation::PlanCounts& counts = emulation::plan_counts();
   const int64_t halo_columns = plan.tile_columns + largest_shift(columns_of(shape));
+  counts.resident_32 += plan.block_channels == 32;
   counts.resident_64 += plan.block_channels == 64;
   counts.resident_128 += plan.block_channels == 128 && !plan.is_streamed;
   counts.streamed += plan.is_streamed;

@@ -61,18 +61,17 @@ __device__ void load_halo(const HaloConv& conv, const TilePosition& tile, int32_
   }
 }
 
-// Starts to load the weights of one chunk and tap to a place in units of 16 bytes.
-__device__ void load_weights(const HaloConv& conv, int32_t chunk, int32_t tap, int32_t unit,
-                             int32_t to) {
-  copy_async(weights_at(conv, chunk, tap) + unit * kChunkBytes,
+// Starts to load one unit of the weights of an atom to a place in units of 16 bytes.
+__device__ void load_weights(const HaloConv& conv, int32_t atom, int32_t unit, int32_t to) {
+  copy_async(weights_at(conv, atom) + unit * kChunkBytes,
              shared<uint4>(conv.at.weights) + to + unit, true);
 }
 
 __device__ void load_resident_weights(const HaloConv& conv) {
   const int32_t channels = conv.plan.block_channels;
   for (int32_t i = threadIdx.x; i < conv.chunks * conv.taps * channels; i += kThreads) {
-    const int32_t atom = i / channels, chunk = atom / conv.taps;
-    load_weights(conv, chunk, atom - chunk * conv.taps, i - atom * channels, atom * channels);
+    const int32_t atom = i / channels;
+    load_weights(conv, atom, i - atom * channels, atom * channels);
   }
 }
 
@@ -85,7 +84,7 @@ __device__ void stream_weights(const HaloConv& conv, int32_t step, int32_t first
     const int32_t atom = i / channels;
     // Where the number of chunks is odd, the last pair's second half meets a halo of zeros.
     const int32_t chunk = min(2 * step + atom % 2, conv.chunks - 1);
-    load_weights(conv, chunk, first + atom / 2, i - atom * channels,
+    load_weights(conv, chunk * conv.taps + first + atom / 2, i - atom * channels,
                  (slot * kStreamPairs * 2 + atom) * channels);
   }
 }
@@ -283,7 +282,8 @@ bool accepts(const Conv2dShape& shape) {
 void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
   const HaloLimits limits = {.multiprocessors = multiprocessors(queue.device()),
                              .shared_bytes = shared_bytes(queue.device()),
-                             .streamed_runs = kStreamedRuns};
+                             .streamed_runs = kStreamedRuns,
+                             .least_channels = kUnitChannels};
   const TileConv conv = tile_conv(args, plan_halo(args.shape, limits));
   const HaloPlan& plan = conv.conv.plan;
   launch("binary_conv2d", queue,

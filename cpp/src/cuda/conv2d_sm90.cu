@@ -38,11 +38,14 @@ constexpr int kCounterBarrier = 1;
 constexpr int kWarpgroupWarps = kWarpgroup / kWarpSize;
 constexpr int kStreamedRunsPerConsumer = 2;
 constexpr int kStreamedRuns = kStreamedRunsPerConsumer * kConsumers;
+// Resident weights arrive in parts, so that the first multiplications need not wait for the last
+// weights.
+constexpr int kWeightParts = kStreamStages;
 
 struct Barriers {
   ClusterTransactionBarrier halo_full[kHaloStages];
   ClusterBarrier halo_empty[kHaloStages];
-  ClusterTransactionBarrier weights_full[kStreamStages];  // Resident weights use the first.
+  ClusterTransactionBarrier weights_full[kStreamStages];  // Of a stage, or of a resident part.
   ClusterBarrier weights_empty[kStreamStages];
   ClusterTransactionBarrier counts_full;
   ClusterBarrier pixels_full[kHaloStages];
@@ -77,6 +80,11 @@ __device__ void init_barriers(Barriers& barriers, const HaloPlan& plan) {
   cutlass::arch::fence_barrier_init();
 }
 
+// The end of the pairs whose weights a part holds. The first part is never empty.
+__device__ int32_t part_end(const HaloPlan& plan, int part) {
+  return ceil_div(plan.pairs * (part + 1), kWeightParts);
+}
+
 // One thread: loads everything, in the order in which it is used.
 template <bool kStreamed>
 class Loader {
@@ -86,7 +94,6 @@ class Loader {
 
   __device__ void run() {
     load_tap_counts();
-    if constexpr (!kStreamed) load_resident_weights();
     const int32_t steps = stage_steps(conv_);
     for (int64_t tile = blockIdx.x; tile < plan_.tiles; tile += gridDim.x) {
       const TilePosition at = tile_position(plan_, tile);
@@ -94,6 +101,7 @@ class Loader {
         load_halo(at, step * plan_.stage_chunks);
         if constexpr (kStreamed) stream_weights(step);
       }
+      if (!kStreamed && tile == blockIdx.x) load_resident_weights();
     }
   }
 
@@ -140,15 +148,23 @@ class Loader {
   }
 
   __device__ void load_resident_weights() {
-    const int32_t bytes = plan_.block_channels * kChunkBytes;
-    ClusterTransactionBarrier& full = barriers_.weights_full[0];
-    full.arrive_and_expect_tx(conv_.chunks * conv_.taps * bytes);
-    int32_t to = conv_.at.weights;
-    for (int32_t chunk = 0; chunk < conv_.chunks; ++chunk) {
-      for (int32_t tap = 0; tap < conv_.taps; ++tap, to += bytes) {
-        copy(weights_at(conv_, chunk, tap), to, bytes, full);
+    for (int part = 0, pair = 0; part < kWeightParts; ++part) {
+      for (; pair < part_end(plan_, part); ++pair) {
+        const uint32_t weights = conv_.tables.pairs[pair].weights;
+        load_resident_atom(weights & 0xffff, barriers_.weights_full[part]);
+        load_resident_atom((weights & 0xffff) + (weights >> 16), barriers_.weights_full[part]);
       }
+      barriers_.weights_full[part].arrive();
     }
+  }
+
+  // The weights of one chunk and tap, to `unit` units of 16 bytes from the start of the weights;
+  // none, if those are the zeros behind them.
+  __device__ void load_resident_atom(int32_t unit, ClusterTransactionBarrier& full) {
+    const int32_t atom = unit / plan_.block_channels, bytes = plan_.block_channels * kChunkBytes;
+    if (atom == conv_.chunks * conv_.taps) return;
+    full.expect_transaction(bytes);
+    copy(weights_at(conv_, atom), conv_.at.weights + unit * kChunkBytes, bytes, full);
   }
 
   // The pairs of two chunks, one for each tap.
@@ -163,8 +179,8 @@ class Loader {
       full.arrive_and_expect_tx(count * 2 * bytes);
       int32_t to = conv_.at.weights + weights_.slot * kStreamPairs * 2 * bytes;
       for (int32_t tap = first; tap < first + count; ++tap, to += 2 * bytes) {
-        copy(weights_at(conv_, 2 * step, tap), to, bytes, full);
-        copy(weights_at(conv_, second, tap), to + bytes, bytes, full);
+        copy(weights_at(conv_, 2 * step * conv_.taps + tap), to, bytes, full);
+        copy(weights_at(conv_, second * conv_.taps + tap), to + bytes, bytes, full);
       }
       weights_.advance();
     }
@@ -251,7 +267,6 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
   const HaloPlan& plan = conv.plan;
   const HaloPair* pairs = conv.tables.pairs;
   const uint32_t weights = shared_unit(conv.at.weights);
-  barriers.weights_full[0].wait(0);
   Ring stage{kHaloStages};
   uint32_t turn = self.index == 0 ? 1 : 0;  // The first turn is the first warpgroup's.
   int next = self.index;
@@ -264,12 +279,16 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
       int32_t acc[kChannels / 2];
       barriers.turn[self.index].wait(turn);
       turn ^= 1;
+      barriers.weights_full[0].wait(0);
       wgmma_fence();
       multiply_pair<false>(acc, halo, weights, pairs[0]);
+      for (int32_t part = 0, k = 1; part < kWeightParts; ++part) {
+        barriers.weights_full[part].wait(0);
 #pragma unroll 4
-      for (int32_t k = 1; k < plan.pairs; ++k) {
-        wgmma_fence();
-        multiply_pair<true>(acc, halo, weights, pairs[k]);
+        for (; k < part_end(plan, part); ++k) {
+          wgmma_fence();
+          multiply_pair<true>(acc, halo, weights, pairs[k]);
+        }
       }
       wgmma_commit();
       if (self.is_leader_lane) barriers.turn[(self.index + 1) % kConsumers].arrive();
@@ -429,12 +448,14 @@ bool accepts(const Conv2dShape& shape) {
 void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
   const HaloLimits limits = {.multiprocessors = multiprocessors(queue.device()),
                              .shared_bytes = shared_bytes(queue.device()),
-                             .streamed_runs = kStreamedRuns};
+                             .streamed_runs = kStreamedRuns,
+                             .least_channels = 32};
   const TileConv conv = tile_conv(args, plan_halo(args.shape, limits));
   const HaloPlan& plan = conv.conv.plan;
   const auto kernel = plan.is_streamed             ? conv2d_kernel<128, true>
                       : plan.block_channels == 128 ? conv2d_kernel<128, false>
-                                                   : conv2d_kernel<64, false>;
+                      : plan.block_channels == 64  ? conv2d_kernel<64, false>
+                                                   : conv2d_kernel<32, false>;
   launch("binary_conv2d", queue,
          {tile_blocks(args.shape, plan, limits), kThreads, static_cast<size_t>(conv.conv.at.total),
           true},

@@ -373,6 +373,9 @@ HaloPlan plan_halo(const Conv2dShape& shape, const HaloLimits& limits) {
   if (!best.plan || runs < 8 * limits.multiprocessors) {
     search(Planner(shape, 64, false), limits, shape.batch, best);
   }
+  if (limits.least_channels < 64 && (weight.out_channels <= 32 || runs < limits.multiprocessors)) {
+    search(Planner(shape, 32, false), limits, shape.batch, best);
+  }
   const PreparedLayout prepared = prepared_layout(weight);
   const int64_t block_bytes = prepared.chunks * prepared.taps * 128 * kChunkBytes;
   if (whole_blocks && (!best.plan || 2 * block_bytes > limits.shared_bytes)) {

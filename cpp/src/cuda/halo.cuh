@@ -57,10 +57,10 @@ __device__ inline int32_t first_chunk(const HaloConv& conv) {
   return first_channel(conv) / conv.group_out_channels * conv.chunks;
 }
 
-// The weights of the block's channels for one chunk and tap, block_channels * 16 bytes.
-__device__ inline const uint8_t* weights_at(const HaloConv& conv, int32_t chunk, int32_t tap) {
-  const int64_t row = int64_t{chunk} * conv.taps + tap;
-  return conv.weights + (row * conv.prepared_channels + first_channel(conv)) * kChunkBytes;
+// The weights of the block's channels for one chunk and tap, atom = chunk * taps + tap;
+// block_channels * 16 bytes.
+__device__ inline const uint8_t* weights_at(const HaloConv& conv, int64_t atom) {
+  return conv.weights + (atom * conv.prepared_channels + first_channel(conv)) * kChunkBytes;
 }
 
 // Steps of a tile: how often a stage of the halo is filled for it.

@@ -27,12 +27,13 @@ constexpr int kRunPixels = 64;
 // What a kernel brings to a plan.
 struct HaloLimits {
   int multiprocessors;
-  int shared_bytes;   // That one thread block can have.
-  int streamed_runs;  // That a thread block multiplies at once where weights are streamed.
+  int shared_bytes;    // That one thread block can have.
+  int streamed_runs;   // That a thread block multiplies at once where weights are streamed.
+  int least_channels;  // Of a thread block: 32 or 64.
 };
 
 struct HaloPlan {
-  int32_t block_channels;  // Output channels of a thread block: 64 or 128.
+  int32_t block_channels;  // Output channels of a thread block: 32, 64 or 128.
   // Whether weights and channels pass through shared memory two chunks at a time. If not, all
   // weights of the block stay there. Streaming blocks have 128 channels.
   bool is_streamed;

@@ -218,10 +218,10 @@ __device__ void stage_group(uint8_t* staging, int first_byte, Group& y) {
   }
 }
 
-// Stores the staged rows, whose first channel is first_channel.
+// Stores the staged channels, from first_channel up to but not with last_channel.
 template <class T>
 __device__ void flush_staging(const TileOutput& out, const uint8_t* staging, const Pixel* pixels,
-                              int64_t first_channel) {
+                              int64_t first_channel, int64_t last_channel) {
   constexpr int kPieces = kStagingRow / kVectorBytes;
   const int lane = threadIdx.x % kWarpSize;
   const int64_t channel = first_channel + lane % kPieces * kVectorWidth<T>;
@@ -232,7 +232,7 @@ __device__ void flush_staging(const TileOutput& out, const uint8_t* staging, con
     const int64_t pixel = pixels[row].index;
     const uint4 piece = *reinterpret_cast<const uint4*>(
         staging + staging_offset(row, lane % kPieces * kVectorBytes));
-    if (pixel >= 0 && channel < out.channels) {
+    if (pixel >= 0 && channel < last_channel) {
       *reinterpret_cast<uint4*>(static_cast<T*>(out.data) + pixel * out.channels + channel) = piece;
     }
   }
@@ -241,7 +241,8 @@ __device__ void flush_staging(const TileOutput& out, const uint8_t* staging, con
 
 template <class T>
 __device__ void store_group(const TileOutput& out, uint8_t* staging, const Pixel* pixels,
-                            const Rows& rows, int64_t first_channel, bool is_last, Group& y) {
+                            const Rows& rows, int64_t first_channel, int group, bool is_last,
+                            Group& y) {
   if (!out.has_pieces) {
     for_each(y, [&](float& value, int row, int32_t column) {
       const int64_t channel = first_channel + column;
@@ -251,25 +252,27 @@ __device__ void store_group(const TileOutput& out, uint8_t* staging, const Pixel
     return;
   }
   constexpr int kRowChannels = kStagingRow / sizeof(T);
-  const int column = static_cast<int>(first_channel % kRowChannels);
+  const int column = group * kGroup % kRowChannels;
   stage_group<T>(staging, column * static_cast<int>(sizeof(T)), y);
   if (is_last || column + kGroup == kRowChannels) {
-    flush_staging<T>(out, staging, pixels, first_channel - column);
+    flush_staging<T>(out, staging, pixels, first_channel - column,
+                     min(first_channel + kGroup, out.channels));
   }
 }
 
 __device__ inline void store_values(const TileOutput& out, uint8_t* staging, const Pixel* pixels,
-                                    const Rows& rows, int64_t first_channel, bool is_last,
-                                    Group& y) {
+                                    const Rows& rows, int64_t first_channel, int group,
+                                    bool is_last, Group& y) {
   switch (out.epilogue.out_type) {
     case DataType::kFloat16:
-      return store_group<__half>(out, staging, pixels, rows, first_channel, is_last, y);
+      return store_group<__half>(out, staging, pixels, rows, first_channel, group, is_last, y);
     case DataType::kBFloat16:
-      return store_group<__nv_bfloat16>(out, staging, pixels, rows, first_channel, is_last, y);
+      return store_group<__nv_bfloat16>(out, staging, pixels, rows, first_channel, group, is_last,
+                                        y);
     case DataType::kFloat32:
-      return store_group<float>(out, staging, pixels, rows, first_channel, is_last, y);
+      return store_group<float>(out, staging, pixels, rows, first_channel, group, is_last, y);
     case DataType::kInt32:
-      return store_group<int32_t>(out, staging, pixels, rows, first_channel, is_last, y);
+      return store_group<int32_t>(out, staging, pixels, rows, first_channel, group, is_last, y);
     default:
       return;
   }
@@ -301,7 +304,7 @@ __device__ void store_run(const TileOutput& out, const HaloConv& conv, int32_t c
     if (!out.is_plain) finish_group(out, rows, channel, y);
     if (bits) pack_group(out, channel, limits + group * kGroup / 2, y, words[group]);
     const bool is_last = group + 1 == kGroups || channel + kGroup >= out.channels;
-    store_values(out, staging, warp_pixels, rows, channel, is_last, y);
+    store_values(out, staging, warp_pixels, rows, channel, group, is_last, y);
   }
   if (bits) store_words<kGroups>(out, bits, pixels, first, words);
 }

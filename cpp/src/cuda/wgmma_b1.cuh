@@ -29,6 +29,20 @@ __device__ void wgmma_wait() {
 // kAccumulate: d counts on from its value, else from 0. A constant, since the compiler serializes
 // multiplications whose accumulators it cannot tell to be defined.
 template <bool kAccumulate>
+__device__ void wgmma_and_popcount(int32_t (&d)[16], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %18, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n32k256.s32.b1.b1.and.popc "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+      "%16, %17, p;\n"
+      "}\n"
+      : BINCONV_D16(0)
+      : "l"(a), "l"(b), "n"(kAccumulate));
+}
+
+template <bool kAccumulate>
 __device__ void wgmma_and_popcount(int32_t (&d)[32], uint64_t a, uint64_t b) {
   asm volatile(
       "{\n"

@@ -20,8 +20,9 @@ class ClusterBarrier {
 class ClusterTransactionBarrier : public ClusterBarrier {
  public:
   ClusterTransactionBarrier() = delete;
+  void expect_transaction(uint32_t bytes) const { binconv::emulation::expect_bytes(this, bytes); }
   void arrive_and_expect_tx(uint32_t bytes) const {
-    binconv::emulation::expect_bytes(this, bytes);
+    expect_transaction(bytes);
     arrive();
   }
 };
