@@ -13,14 +13,15 @@
 namespace binconv::emulation {
 namespace {
 
-constexpr int kRank = 5;
+constexpr int kRank = 5;         // The largest; what a map lacks has a size of 1.
 constexpr int kPieceBytes = 16;  // What every copy is made of.
 constexpr int kTensorAlignment = 128;
 constexpr uint8_t kUndefined = 0x6d;
 
-// What a CUtensorMap holds here. Dimension 0 is kPieceBytes bytes.
+// What a CUtensorMap holds here. Boxes take all of dimension 0, `row` bytes.
 struct TensorMap {
   const uint8_t* data;
+  uint32_t row;
   uint64_t sizes[kRank], steps[kRank];
   uint16_t box[kRank], strides[kRank];
 };
@@ -64,14 +65,14 @@ void deliver(std::vector<uint8_t> bytes, const void* barrier, void* to) {
   });
 }
 
-// The piece at these coordinates; outside the tensor it is zeros.
-void read_piece(const TensorMap& map, const int64_t (&at)[kRank], uint8_t* piece) {
+// The row at these coordinates; outside the tensor it is zeros.
+void read_row(const TensorMap& map, const int64_t (&at)[kRank], uint8_t* row) {
   int64_t offset = 0;
   for (int i = 1; i < kRank; ++i) {
     if (at[i] < 0 || at[i] >= static_cast<int64_t>(map.sizes[i])) return;
     offset += at[i] * static_cast<int64_t>(map.steps[i]);
   }
-  std::memcpy(piece, map.data + offset, kPieceBytes);
+  std::memcpy(row, map.data + offset, map.row);
 }
 
 }  // namespace
@@ -91,10 +92,15 @@ CUresult encode_tensor_map(CUtensorMap* map, CUtensorMapDataType, cuuint32_t ran
                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
   constexpr uint64_t kSizeLimit = uint64_t{1} << 32, kStepLimit = uint64_t{1} << 40;
   constexpr uint32_t kBoxLimit = 256, kStrideLimit = 8;
-  TensorMap encoded = {.data = static_cast<const uint8_t*>(data)};
-  bool is_valid = rank == kRank && is_aligned(data, 16) && is_aligned(map, 64) &&
-                  sizes[0] == kPieceBytes && box[0] == kPieceBytes && strides[0] == 1;
-  for (int i = 0; i < kRank && is_valid; ++i) {
+  TensorMap encoded = {.data = static_cast<const uint8_t*>(data),
+                       .row = box[0],
+                       .sizes = {1, 1, 1, 1, 1},
+                       .steps = {},
+                       .box = {1, 1, 1, 1, 1},
+                       .strides = {1, 1, 1, 1, 1}};
+  bool is_valid = rank >= 3 && rank <= kRank && is_aligned(data, 16) && is_aligned(map, 64) &&
+                  sizes[0] == box[0] && box[0] % kPieceBytes == 0 && strides[0] == 1;
+  for (uint32_t i = 0; i < rank && is_valid; ++i) {
     const uint64_t step = i == 0 ? 0 : steps[i - 1];
     is_valid = sizes[i] >= 1 && sizes[i] <= kSizeLimit && step % 16 == 0 && step < kStepLimit &&
                box[i] >= 1 && box[i] <= kBoxLimit && strides[i] >= 1 && strides[i] <= kStrideLimit;
@@ -113,21 +119,21 @@ void copy_tensor(const void* encoded, const void* barrier, void* to, const int32
   check_barrier(barrier);
   TensorMap map;
   std::memcpy(&map, encoded, sizeof map);
-  require(at[0] == 0, "a tensor copy from byte ", at[0], " of its pieces");
-  int64_t counts[kRank], pieces = 1;
+  require(at[0] == 0, "a tensor copy from byte ", at[0], " of its rows");
+  int64_t counts[kRank], rows = 1;
   for (int i = 1; i < kRank; ++i) {
     counts[i] = (map.box[i] + map.strides[i] - 1) / map.strides[i];
-    pieces *= counts[i];
+    rows *= counts[i];
   }
-  shared_offset(to, pieces * kPieceBytes, kTensorAlignment, "a tensor copy");
-  std::vector<uint8_t> bytes(pieces * kPieceBytes);
-  for (int64_t piece = 0; piece < pieces; ++piece) {
-    int64_t coordinates[kRank] = {}, rest = piece;
+  shared_offset(to, rows * map.row, kTensorAlignment, "a tensor copy");
+  std::vector<uint8_t> bytes(rows * map.row);
+  for (int64_t row = 0; row < rows; ++row) {
+    int64_t coordinates[kRank] = {}, rest = row;
     for (int i = 1; i < kRank; ++i) {
       coordinates[i] = at[i] + rest % counts[i] * map.strides[i];
       rest /= counts[i];
     }
-    read_piece(map, coordinates, bytes.data() + piece * kPieceBytes);
+    read_row(map, coordinates, bytes.data() + row * map.row);
   }
   deliver(std::move(bytes), barrier, to);
 }

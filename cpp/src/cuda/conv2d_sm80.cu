@@ -40,13 +40,13 @@ __device__ void load_halo(const HaloConv& conv, const TilePosition& tile, int32_
   const int32_t pixels = plan.halo_pixels();
   for (int32_t i = threadIdx.x; i < plan.phases() * pixels; i += kThreads) {
     const int32_t phase = i / pixels, pixel = i - phase * pixels;
-    const int32_t segment = pixel / plan.pitch, column = pixel - segment * plan.pitch;
-    const int32_t row = segment / plan.tile_images, image = segment - row * plan.tile_images;
+    const TilePosition in_tile = halo_position(conv, pixel);
     const int32_t phase_row = phase / plan.phases_width;
     const int32_t phase_column = phase - phase_row * plan.phases_width;
-    const int32_t n = tile.image + image;
-    const int32_t h = (tile.row + row) * conv.stride_height - conv.pad_top + phase_row;
-    const int32_t w = (tile.column + column) * conv.stride_width - conv.pad_left + phase_column;
+    const int32_t n = tile.image + in_tile.image;
+    const int32_t h = (tile.row + in_tile.row) * conv.stride_height - conv.pad_top + phase_row;
+    const int32_t w =
+        (tile.column + in_tile.column) * conv.stride_width - conv.pad_left + phase_column;
     const bool is_inside =
         n < conv.batch && h >= 0 && h < conv.in_height && w >= 0 && w < conv.in_width;
     const int64_t index = is_inside ? (int64_t{n} * conv.in_height + h) * conv.in_width + w : 0;
@@ -61,17 +61,18 @@ __device__ void load_halo(const HaloConv& conv, const TilePosition& tile, int32_
   }
 }
 
-// Starts to load one unit of the weights of an atom to a place in units of 16 bytes.
-__device__ void load_weights(const HaloConv& conv, int32_t atom, int32_t unit, int32_t to) {
-  copy_async(weights_at(conv, atom) + unit * kChunkBytes,
-             shared<uint4>(conv.at.weights) + to + unit, true);
+// Starts to load 16 bytes of the weights of one chunk and tap, atom = chunk * taps + tap, to a
+// place in units of 16 bytes.
+__device__ void load_weights(const HaloConv& conv, int32_t atom, int32_t channel, int32_t to) {
+  const int64_t from = atom * conv.prepared_channels + first_channel(conv) + channel;
+  copy_async(conv.weights + from * kChunkBytes, shared<uint4>(conv.at.weights) + to, true);
 }
 
 __device__ void load_resident_weights(const HaloConv& conv) {
   const int32_t channels = conv.plan.block_channels;
   for (int32_t i = threadIdx.x; i < conv.chunks * conv.taps * channels; i += kThreads) {
     const int32_t atom = i / channels;
-    load_weights(conv, atom, i - atom * channels, atom * channels);
+    load_weights(conv, atom, i - atom * channels, i);
   }
 }
 
@@ -81,11 +82,12 @@ __device__ void stream_weights(const HaloConv& conv, int32_t step, int32_t first
   const int32_t channels = conv.plan.block_channels;
   const int32_t atoms = 2 * min(conv.taps - first, kStreamPairs);
   for (int32_t i = threadIdx.x; i < atoms * channels; i += kThreads) {
-    const int32_t atom = i / channels;
+    const int32_t atom = i / channels, channel = i - atom * channels;
+    const int32_t half = atom % 2, tap = atom / 2;
     // Where the number of chunks is odd, the last pair's second half meets a halo of zeros.
-    const int32_t chunk = min(2 * step + atom % 2, conv.chunks - 1);
-    load_weights(conv, chunk * conv.taps + first + atom / 2, i - atom * channels,
-                 (slot * kStreamPairs * 2 + atom) * channels);
+    const int32_t chunk = min(2 * step + half, conv.chunks - 1);
+    load_weights(conv, chunk * conv.taps + first + tap, channel,
+                 ((2 * slot + half) * kStreamPairs + tap) * channels + channel);
   }
 }
 
@@ -169,12 +171,12 @@ __device__ void multiply_resident(const TileConv& args) {
   const HaloPlan& plan = conv.plan;
   load_resident_weights(conv);
   int slot = 0;
-  const auto load = [&](int64_t tile, int to) {
+  const auto load = [&](int32_t tile, int to) {
     if (tile < plan.tiles) load_halo(conv, tile_position(plan, tile), 0, to);
     cute::cp_async_fence();
   };
   load(blockIdx.x, slot);
-  for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
+  for (int32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     load(tile + gridDim.x, slot ^ 1);
     cute::cp_async_wait<1>();
     __syncthreads();
@@ -205,7 +207,7 @@ __device__ void multiply_streamed(const TileConv& args) {
   const int32_t steps = stage_steps(conv), slots = steps * step_slots;
   const int32_t ahead = min(step_slots, kStreamStages - 1);
   const Unit unit = unit_at(plan, threadIdx.x / kWarpSize);
-  for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
+  for (int32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     const TilePosition at = tile_position(plan, tile);
     const auto load = [&](int32_t index) {
       const int32_t step = index / step_slots, first = index % step_slots * kStreamPairs;
@@ -229,8 +231,7 @@ __device__ void multiply_streamed(const TileConv& args) {
       const uint32_t weights = conv.at.weights / kChunkBytes +
                                index % kStreamStages * kStreamPairs * 2 * kStreamedChannels;
       for (int32_t k = 0; k < min(conv.taps - first, kStreamPairs); ++k) {
-        multiply_pair(acc, halo + unit.run * kRunPixels,
-                      weights + k * 2 * kStreamedChannels + unit.column,
+        multiply_pair(acc, halo + unit.run * kRunPixels, weights + unit.column,
                       conv.tables.pairs[first + k]);
       }
       __syncthreads();
@@ -247,6 +248,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   write_zeros(args.conv, threadIdx.x, kThreads);
   load_channels(args.out, args.conv, threadIdx.x, kThreads);
   load_tap_counts(args.conv);
+  __syncthreads();
+  sum_tap_counts(args.conv, threadIdx.x, kThreads);
   __syncthreads();
   make_table(args.conv, threadIdx.x, kThreads);
   if constexpr (kStreamed) {

@@ -33,8 +33,9 @@ constexpr int kConsumers = 2;
 constexpr int kThreads = kWarpgroup * (1 + kConsumers);
 // Of each thread. A block starts with 168 for each, and the sum over its warpgroups cannot grow.
 constexpr int kFeederRegisters = 88, kConsumerRegisters = 208;
-constexpr int kCounters = kWarpgroup - kWarpSize;
-constexpr int kCounterBarrier = 1;
+constexpr int kCounters = kWarpgroup - kWarpSize;  // Threads.
+constexpr int kMultipliers = kConsumers * kWarpgroup;
+constexpr int kCounterBarrier = 1, kConsumerBarrier = 2;
 constexpr int kWarpgroupWarps = kWarpgroup / kWarpSize;
 constexpr int kStreamedRunsPerConsumer = 2;
 constexpr int kStreamedRuns = kStreamedRunsPerConsumer * kConsumers;
@@ -80,34 +81,58 @@ __device__ void init_barriers(Barriers& barriers, const HaloPlan& plan) {
   cutlass::arch::fence_barrier_init();
 }
 
-// The end of the pairs whose weights a part holds. The first part is never empty.
-__device__ int32_t part_end(const HaloPlan& plan, int part) {
-  return ceil_div(plan.pairs * (part + 1), kWeightParts);
+// The end of the chunks whose weights are in a part. The first part is never empty.
+__device__ int32_t part_chunks(const HaloConv& conv, int part) {
+  const int32_t chunk_pairs = ceil_div(conv.chunks, 2);
+  return min(2 * ceil_div(chunk_pairs * (part + 1), kWeightParts), conv.chunks);
 }
+
+// The end of their multiplications.
+__device__ int32_t part_pairs(const HaloConv& conv, int part) {
+  const int32_t chunks = part_chunks(conv, part);
+  return chunks == conv.chunks ? conv.plan.pairs : chunks / 2 * conv.taps;
+}
+
+// Tensor maps; one unit of a weight map's second dimension is this many output channels.
+constexpr int kMapChannels = 16;
+struct Maps {
+  CUtensorMap input;    // [chunk][row][image][column][16 bytes], the order that halo.h asks for.
+  CUtensorMap weights;  // [chunk][tap][channel / kMapChannels][kMapChannels * 16 bytes]
+};
 
 // One thread: loads everything, in the order in which it is used.
 template <bool kStreamed>
 class Loader {
  public:
-  __device__ Loader(const CUtensorMap* map, const HaloConv& conv, Barriers& barriers)
-      : map_(map), conv_(conv), plan_(conv.plan), barriers_(barriers) {}
+  __device__ Loader(const Maps& maps, const HaloConv& conv, Barriers& barriers)
+      : maps_(maps), conv_(conv), plan_(conv.plan), barriers_(barriers) {}
 
   __device__ void run() {
     load_tap_counts();
-    const int32_t steps = stage_steps(conv_);
-    for (int64_t tile = blockIdx.x; tile < plan_.tiles; tile += gridDim.x) {
+    const int32_t first = blockIdx.x, steps = stage_steps(conv_);
+    for (int32_t tile = first; tile < plan_.tiles; tile += gridDim.x) {
       const TilePosition at = tile_position(plan_, tile);
       for (int32_t step = 0; step < steps; ++step) {
         load_halo(at, step * plan_.stage_chunks);
         if constexpr (kStreamed) stream_weights(step);
       }
-      if (!kStreamed && tile == blockIdx.x) load_resident_weights();
+      if (!kStreamed && tile == first) load_resident_weights();
     }
   }
 
  private:
   static constexpr uint64_t kCacheHint =
       static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
+
+  __device__ void load_tap_counts() {
+    const int32_t bytes = plan_.block_channels * sizeof(int32_t);
+    const int32_t* from = conv_.tap_counts + first_channel(conv_);
+    barriers_.counts_full.arrive_and_expect_tx(conv_.taps * bytes);
+    for (int32_t tap = 0; tap < conv_.taps; ++tap, from += conv_.prepared_channels) {
+      cute::SM90_BULK_COPY_G2S::copy(from, reinterpret_cast<uint64_t*>(&barriers_.counts_full),
+                                     shared<uint8_t>(conv_.at.tap_counts + tap * bytes), bytes);
+    }
+  }
 
   __device__ void load_halo(const TilePosition& at, int32_t first) {
     ClusterTransactionBarrier& full = barriers_.halo_full[halo_.slot];
@@ -121,7 +146,7 @@ class Loader {
       for (int32_t y = 0; y < plan_.phases_height; ++y) {
         for (int32_t x = 0; x < plan_.phases_width; ++x) {
           cute::SM90_TMA_LOAD_5D::copy(
-              map_, reinterpret_cast<uint64_t*>(&full), kCacheHint, shared<uint8_t>(to), 0,
+              &maps_.input, reinterpret_cast<uint64_t*>(&full), kCacheHint, shared<uint8_t>(to), 0,
               at.column * conv_.stride_width - conv_.pad_left + x, at.image,
               at.row * conv_.stride_height - conv_.pad_top + y, from);
           to += plan_.region_pixels * kChunkBytes;
@@ -131,80 +156,53 @@ class Loader {
     halo_.advance();
   }
 
-  __device__ void copy(const void* from, int32_t to, int32_t bytes,
-                       ClusterTransactionBarrier& full) {
-    cute::SM90_BULK_COPY_G2S::copy(from, reinterpret_cast<uint64_t*>(&full), shared<uint8_t>(to),
-                                   bytes);
-  }
-
-  __device__ void load_tap_counts() {
-    const int32_t bytes = plan_.block_channels * sizeof(int32_t);
-    barriers_.counts_full.arrive_and_expect_tx(conv_.taps * bytes);
-    const int32_t* from = conv_.tap_counts + first_channel(conv_);
-    for (int32_t tap = 0; tap < conv_.taps; ++tap) {
-      copy(from + tap * conv_.prepared_channels, conv_.at.tap_counts + tap * bytes, bytes,
-           barriers_.counts_full);
-    }
+  // As many taps as a box of the map has, from `tap`; zeros beyond the last tap and chunk.
+  __device__ void load_weights(int32_t chunk, int32_t tap, int32_t to,
+                               ClusterTransactionBarrier& full) {
+    cute::SM90_TMA_LOAD_4D::copy(&maps_.weights, reinterpret_cast<uint64_t*>(&full), kCacheHint,
+                                 shared<uint8_t>(to), 0, first_channel(conv_) / kMapChannels, tap,
+                                 chunk);
   }
 
   __device__ void load_resident_weights() {
-    for (int part = 0, pair = 0; part < kWeightParts; ++part) {
-      for (; pair < part_end(plan_, part); ++pair) {
-        const uint32_t weights = conv_.tables.pairs[pair].weights;
-        load_resident_atom(weights & 0xffff, barriers_.weights_full[part]);
-        load_resident_atom((weights & 0xffff) + (weights >> 16), barriers_.weights_full[part]);
-      }
-      barriers_.weights_full[part].arrive();
+    const int32_t bytes = conv_.taps * plan_.block_channels * kChunkBytes;
+    for (int32_t part = 0, chunk = 0; part < kWeightParts; ++part) {
+      ClusterTransactionBarrier& full = barriers_.weights_full[part];
+      const int32_t end = part_chunks(conv_, part);
+      full.arrive_and_expect_tx((end - chunk) * bytes);
+      for (; chunk < end; ++chunk) load_weights(chunk, 0, conv_.at.weights + chunk * bytes, full);
     }
-  }
-
-  // The weights of one chunk and tap, to `unit` units of 16 bytes from the start of the weights;
-  // none, if those are the zeros behind them.
-  __device__ void load_resident_atom(int32_t unit, ClusterTransactionBarrier& full) {
-    const int32_t atom = unit / plan_.block_channels, bytes = plan_.block_channels * kChunkBytes;
-    if (atom == conv_.chunks * conv_.taps) return;
-    full.expect_transaction(bytes);
-    copy(weights_at(conv_, atom), conv_.at.weights + unit * kChunkBytes, bytes, full);
   }
 
   // The pairs of two chunks, one for each tap.
   __device__ void stream_weights(int32_t step) {
-    const int32_t bytes = plan_.block_channels * kChunkBytes;
-    // Where the number of chunks is odd, the last pair's second half meets a halo of zeros.
-    const int32_t second = min(2 * step + 1, conv_.chunks - 1);
-    for (int32_t first = 0; first < conv_.taps; first += kStreamPairs) {
-      const int32_t count = min(conv_.taps - first, kStreamPairs);
+    const int32_t bytes = kStreamPairs * plan_.block_channels * kChunkBytes;
+    for (int32_t tap = 0; tap < conv_.taps; tap += kStreamPairs) {
       ClusterTransactionBarrier& full = barriers_.weights_full[weights_.slot];
       barriers_.weights_empty[weights_.slot].wait(weights_.parity ^ 1);
-      full.arrive_and_expect_tx(count * 2 * bytes);
-      int32_t to = conv_.at.weights + weights_.slot * kStreamPairs * 2 * bytes;
-      for (int32_t tap = first; tap < first + count; ++tap, to += 2 * bytes) {
-        copy(weights_at(conv_, 2 * step * conv_.taps + tap), to, bytes, full);
-        copy(weights_at(conv_, second * conv_.taps + tap), to + bytes, bytes, full);
-      }
+      full.arrive_and_expect_tx(2 * bytes);
+      const int32_t to = conv_.at.weights + weights_.slot * 2 * bytes;
+      load_weights(2 * step, tap, to, full);
+      load_weights(2 * step + 1, tap, to + bytes, full);
       weights_.advance();
     }
   }
 
   static constexpr int32_t kOutsideChunk = 1 << 30;
-  const CUtensorMap* map_;
+  const Maps& maps_;
   const HaloConv& conv_;
   const HaloPlan& plan_;
   Barriers& barriers_;
   Ring halo_{kHaloStages}, weights_{kStreamStages};
 };
 
-// Three warps: T, the channels' terms, and the pixels of each tile.
-__device__ void count_bits(const TileConv& args, Barriers& barriers) {
-  const HaloConv& conv = args.conv;
+// Three warps: the pixels of each tile.
+__device__ void count_bits(const HaloConv& conv, Barriers& barriers) {
   const int thread = threadIdx.x - kWarpSize;
   const auto synchronize = [] { cutlass::arch::NamedBarrier::sync(kCounters, kCounterBarrier); };
-  load_channels(args.out, conv, thread, kCounters);
-  barriers.counts_full.wait(0);
-  make_table(conv, thread, kCounters);
   const int32_t steps = stage_steps(conv);
   Ring halo{kHaloStages}, pixels{kHaloStages};
-  for (int64_t tile = blockIdx.x; tile < conv.plan.tiles; tile += gridDim.x) {
+  for (int32_t tile = blockIdx.x; tile < conv.plan.tiles; tile += gridDim.x) {
     for (int32_t step = 0; step < steps; ++step) {
       barriers.halo_full[halo.slot].wait(halo.parity);
       count_pixels(conv, halo.slot, step == 0, thread, kCounters);
@@ -226,6 +224,21 @@ struct Consumer {
   bool is_leader_lane;  // One of each warp.
   bool is_leader;       // One of the warpgroup.
 };
+
+// What the epilogue needs of the channels. The multiplying warpgroups do this while the first halo
+// and weights are on their way.
+__device__ void prepare_channels(const TileConv& args, Barriers& barriers) {
+  const int thread = threadIdx.x - kWarpgroup;
+  const auto synchronize = [] {
+    cutlass::arch::NamedBarrier::sync(kMultipliers, kConsumerBarrier);
+  };
+  load_channels(args.out, args.conv, thread, kMultipliers);
+  barriers.counts_full.wait(0);
+  sum_tap_counts(args.conv, thread, kMultipliers);
+  synchronize();
+  make_table(args.conv, thread, kMultipliers);
+  synchronize();
+}
 
 template <int kChannels>
 __device__ void finish(const TileConv& args, const Consumer& self,
@@ -270,7 +283,7 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
   Ring stage{kHaloStages};
   uint32_t turn = self.index == 0 ? 1 : 0;  // The first turn is the first warpgroup's.
   int next = self.index;
-  for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
+  for (int32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     for (; next < plan.runs; next += kConsumers) {
       const int run = next;
       barriers.halo_full[stage.slot].wait(stage.parity);
@@ -285,7 +298,7 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
       for (int32_t part = 0, k = 1; part < kWeightParts; ++part) {
         barriers.weights_full[part].wait(0);
 #pragma unroll 4
-        for (; k < part_end(plan, part); ++k) {
+        for (; k < part_pairs(conv, part); ++k) {
           wgmma_fence();
           multiply_pair<true>(acc, halo, weights, pairs[k]);
         }
@@ -313,7 +326,7 @@ __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, cons
   const int32_t steps = (conv.chunks + 1) / 2;
   const int32_t first_run = self.index * kStreamedRunsPerConsumer;
   Ring halo{kHaloStages}, weights{kStreamStages}, pixels{kHaloStages};
-  for (int64_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
+  for (int32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     int32_t acc[kStreamedRunsPerConsumer][kChannels / 2];
     int last_halo = -1, last_weights = -1;  // What the multiplications in flight read.
     for (int32_t step = 0; step < steps; ++step) {
@@ -330,9 +343,7 @@ __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, cons
         } else {
           multiply_pair<true>(acc, a, b, pairs[first]);
         }
-        for (int32_t k = 1; k < count; ++k) {
-          multiply_pair<true>(acc, a, b + k * 2 * kChannels, pairs[first + k]);
-        }
+        for (int32_t k = 1; k < count; ++k) multiply_pair<true>(acc, a, b, pairs[first + k]);
         wgmma_commit();
         // All but the multiplications just begun are over: what they read can be loaded anew.
         wgmma_wait<1>();
@@ -364,12 +375,13 @@ __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, cons
 
 template <int kChannels, bool kStreamed>
 __global__ void __launch_bounds__(kThreads, 1)
-    conv2d_kernel(const __grid_constant__ CUtensorMap map, const __grid_constant__ TileConv args) {
+    conv2d_kernel(const __grid_constant__ Maps maps, const __grid_constant__ TileConv args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   const HaloConv& conv = args.conv;
   Barriers& barriers = *shared<Barriers>(conv.at.barriers);
   if (threadIdx.x == 0) {
-    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&map));
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps.input));
+    cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps.weights));
     init_barriers(barriers, conv.plan);
   }
   write_zeros(conv, threadIdx.x, kThreads);
@@ -384,12 +396,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (warpgroup == 0) {
     cutlass::arch::warpgroup_reg_dealloc<kFeederRegisters>();
     if (threadIdx.x == 0) {
-      Loader<kStreamed>(&map, conv, barriers).run();
+      Loader<kStreamed>(maps, conv, barriers).run();
     } else if (threadIdx.x >= kWarpSize) {
-      count_bits(args, barriers);
+      count_bits(conv, barriers);
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+    prepare_channels(args, barriers);
     const int thread = threadIdx.x % kWarpgroup;
     const Consumer self = {warpgroup - 1, thread / kWarpSize, thread % kWarpSize == 0, thread == 0};
     if constexpr (kStreamed) {
@@ -415,29 +428,47 @@ decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
 
-// The packed input as [chunk][row][image][column][16 bytes], the order that halo.h asks for.
-CUtensorMap input_map(const Conv2dArgs& args, const HaloPlan& plan) {
+// sizes, steps, box: of each dimension from the innermost; steps, in bytes, of all but that one.
+template <int kRank>
+CUtensorMap tensor_map(const uint8_t* data, const cuuint64_t (&sizes)[kRank],
+                       const cuuint64_t (&steps)[kRank - 1], const cuuint32_t (&box)[kRank],
+                       const cuuint32_t (&strides)[kRank]) {
   static const auto encode = tensor_map_encoder();
-  const Conv2dShape& shape = args.shape;
-  const cuuint64_t pixel = packed_bytes(shape.weight.in_channels);
-  const cuuint64_t width = shape.in_width, height = shape.in_height;
-  const cuuint64_t sizes[] = {kChunkBytes, width, static_cast<cuuint64_t>(shape.batch), height,
-                              pixel / kChunkBytes};
-  const cuuint64_t steps[] = {pixel, height * width * pixel, width * pixel, kChunkBytes};
-  const cuuint32_t stride_height = shape.stride_height, stride_width = shape.stride_width;
-  const cuuint32_t box[] = {kChunkBytes, (plan.pitch - 1) * stride_width + 1,
-                            static_cast<cuuint32_t>(plan.tile_images),
-                            (plan.halo_rows - 1) * stride_height + 1, 1};
-  const cuuint32_t strides[] = {1, stride_width, 1, stride_height, 1};
   CUtensorMap map;
   const CUresult result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, 5, const_cast<uint8_t*>(args.input), sizes, steps,
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT8, kRank, const_cast<uint8_t*>(data), sizes, steps,
              box, strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
              CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     fail(Status::kCudaError, "binary_conv2d: the driver refuses a tensor map, error ", result);
   }
   return map;
+}
+
+CUtensorMap input_map(const Conv2dArgs& args, const HaloPlan& plan) {
+  const Conv2dShape& shape = args.shape;
+  const cuuint64_t pixel = packed_bytes(shape.weight.in_channels);
+  const cuuint64_t width = shape.in_width, height = shape.in_height, batch = shape.batch;
+  const cuuint32_t stride_height = shape.stride_height, stride_width = shape.stride_width;
+  const cuuint32_t images = plan.tile_images;
+  return tensor_map<5>(args.input, {kChunkBytes, width, batch, height, pixel / kChunkBytes},
+                       {pixel, height * width * pixel, width * pixel, kChunkBytes},
+                       {kChunkBytes, (plan.pitch - 1) * stride_width + 1, images,
+                        (plan.halo_rows - 1) * stride_height + 1, 1},
+                       {1, stride_width, 1, stride_height, 1});
+}
+
+CUtensorMap weight_map(const Conv2dArgs& args, const HaloPlan& plan) {
+  constexpr cuuint32_t kRow = kMapChannels * kChunkBytes;
+  const PreparedLayout prepared = prepared_layout(args.shape.weight);
+  const cuuint64_t taps = prepared.taps, chunks = prepared.chunks;
+  const cuuint64_t channels = prepared.channels, atom = channels * kChunkBytes;
+  const cuuint32_t box_channels = plan.block_channels, box_taps = taps;
+  return tensor_map<4>(args.prepared_weight, {kRow, channels / kMapChannels, taps, chunks},
+                       {kRow, atom, taps * atom},
+                       {kRow, box_channels / kMapChannels,
+                        plan.is_streamed ? cuuint32_t{kStreamPairs} : box_taps, 1},
+                       {1, 1, 1, 1});
 }
 
 bool accepts(const Conv2dShape& shape) {
@@ -459,7 +490,7 @@ void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
   launch("binary_conv2d", queue,
          {tile_blocks(args.shape, plan, limits), kThreads, static_cast<size_t>(conv.conv.at.total),
           true},
-         kernel, input_map(args, plan), conv);
+         kernel, Maps{input_map(args, plan), weight_map(args, plan)}, conv);
 }
 
 }  // namespace

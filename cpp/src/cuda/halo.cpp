@@ -20,6 +20,8 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 constexpr int64_t kBoxLimit = 256;  // Extents of a tensor-map box.
 constexpr int64_t kStrideLimit = 8;
 constexpr int64_t kMaxBorderClasses = 64;
+// Of the output; a grid's step further, tiles can still be counted in 32 bits.
+constexpr int64_t kMaxPixels = (int64_t{1} << 31) - (1 << 16);
 constexpr int64_t kMaxChannels = 64 * 65535;  // Blocks of channels are the grid's second extent.
 // 4 * popcount(a & w) + T, at most 3 times this, stays below 2^22, so that the epilogue can hold it
 // in a float's mantissa.
@@ -135,7 +137,8 @@ class Planner {
     plan.tile_images = narrow(tile_images);
     plan.row_tiles = narrow(ceil_div(rows_.out, tile_rows));
     plan.column_tiles = narrow(ceil_div(columns_.out, tile_columns));
-    plan.tiles = int64_t{plan.row_tiles} * plan.column_tiles * ceil_div(shape_.batch, tile_images);
+    plan.tiles =
+        narrow(int64_t{plan.row_tiles} * plan.column_tiles * ceil_div(shape_.batch, tile_images));
     plan.runs = narrow(ceil_div(tile_rows * tile_images * pitch, kRunPixels));
     plan.halo_rows = narrow(halo_rows);
     plan.pitch = narrow(pitch);
@@ -181,11 +184,11 @@ class Planner {
       start += weights / kCacheBytes;
     }
     const double load = weight_.chunks * halo * 16 / kCacheBytes;
-    const double count = (halo * (10 + 10 * weight_.chunks) +
-                          static_cast<double>(plan.runs) * kRunPixels * (40 + 3 * weight_.taps)) /
-                         48;
+    const double pixels = static_cast<double>(plan.runs) * kRunPixels;
+    const double count =
+        halo / 384 * (80 + 50 * weight_.chunks) + pixels / 192 * (250 + 8 * weight_.taps);
     const double tile = std::max({runs, outputs * 2 / kStoreBytes, load, count}) + 100;
-    return (start + load + ceil_div(plan.tiles, workers) * tile) * waves;
+    return (start + load + count + ceil_div(plan.tiles, workers) * tile) * waves;
   }
 
  private:
@@ -276,7 +279,9 @@ HaloTables halo_tables(const Conv2dShape& shape, const HaloPlan& plan) {
                              static_cast<uint32_t>(atom * channels | atom_step * channels << 16)};
   };
   if (plan.is_streamed) {
-    for (int64_t tap = 0; tap < weight.taps; ++tap) add(tables.shifts[tap], chunk_step, 0, 1);
+    for (int64_t tap = 0; tap < weight.taps; ++tap) {
+      add(tables.shifts[tap], chunk_step, tap % kStreamPairs, kStreamPairs);
+    }
     return tables;
   }
   for (int64_t chunk = 0; chunk + 1 < weight.chunks; chunk += 2) {
@@ -342,7 +347,7 @@ bool halo_accepts(const Conv2dShape& shape, int64_t shared_bytes) {
   if (std::max(shape.stride_height, shape.stride_width) > kStrideLimit) return false;
   if (weight.out_channels > kMaxChannels) return false;
   const int64_t pixels = shape.batch * shape.out_height() * shape.out_width();
-  if (pixels > std::numeric_limits<int32_t>::max()) return false;
+  if (pixels > kMaxPixels) return false;
   if (!has_narrow_positions(rows_of(shape)) || !has_narrow_positions(columns_of(shape))) {
     return false;
   }

@@ -39,7 +39,7 @@ struct HaloPlan {
   bool is_streamed;
   int32_t tile_rows, tile_columns, tile_images;  // Of the output.
   int32_t row_tiles, column_tiles;
-  int64_t tiles;
+  int32_t tiles;
   int32_t runs;  // Of a tile.
   int32_t phases_height, phases_width;
   int32_t halo_rows, pitch;
@@ -72,8 +72,9 @@ struct HaloTables {
 HaloTables halo_tables(const Conv2dShape& shape, const HaloPlan& plan);
 
 constexpr int kHaloStages = 2;
-constexpr int kStreamPairs = 4;   // Pairs of 16-byte chunks in a stage of streamed weights.
-constexpr int kStreamStages = 3;  // Of streamed weights.
+// A stage of streamed weights: of two chunks one after the other, this many taps each.
+constexpr int kStreamPairs = 4;
+constexpr int kStreamStages = 3;
 
 // Where everything is in shared memory, in bytes.
 struct HaloLayout {

@@ -5,6 +5,13 @@
 
 namespace cute {
 
+struct SM90_TMA_LOAD_4D {
+  static void copy(const void* map, uint64_t* barrier, uint64_t, void* to, const int32_t& x0,
+                   const int32_t& x1, const int32_t& x2, const int32_t& x3) {
+    binconv::emulation::copy_tensor(map, barrier, to, {x0, x1, x2, x3, 0});
+  }
+};
+
 struct SM90_TMA_LOAD_5D {
   static void copy(const void* map, uint64_t* barrier, uint64_t, void* to, const int32_t& x0,
                    const int32_t& x1, const int32_t& x2, const int32_t& x3, const int32_t& x4) {

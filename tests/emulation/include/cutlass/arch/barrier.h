@@ -20,9 +20,8 @@ class ClusterBarrier {
 class ClusterTransactionBarrier : public ClusterBarrier {
  public:
   ClusterTransactionBarrier() = delete;
-  void expect_transaction(uint32_t bytes) const { binconv::emulation::expect_bytes(this, bytes); }
   void arrive_and_expect_tx(uint32_t bytes) const {
-    expect_transaction(bytes);
+    binconv::emulation::expect_bytes(this, bytes);
     arrive();
   }
 };
