@@ -262,17 +262,6 @@ __device__ void multiply_pair(int32_t (&acc)[kSize], uint32_t halo, uint32_t wei
                                   kRowStepDescriptor | (weights + pair.weights));
 }
 
-// The same for several runs.
-template <bool kAccumulate, int kRuns, int kSize>
-__device__ void multiply_pair(int32_t (&acc)[kRuns][kSize], uint32_t halo, uint32_t weights,
-                              HaloPair pair) {
-  wgmma_fence();
-#pragma unroll
-  for (int r = 0; r < kRuns; ++r) {
-    multiply_pair<kAccumulate>(acc[r], halo + r * kRunPixels, weights, pair);
-  }
-}
-
 // Resident weights: runs are numbered over all tiles of the block, and taken in turn.
 template <int kChannels>
 __device__ void multiply_resident(const TileConv& args, Barriers& barriers, const Consumer& self) {
@@ -295,13 +284,13 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
       barriers.weights_full[0].wait(0);
       wgmma_fence();
       multiply_pair<false>(acc, halo, weights, pairs[0]);
-      for (int32_t part = 0, k = 1; part < kWeightParts; ++part) {
+      int32_t k = 1;
+#pragma unroll 1
+      for (int part = 0; part < kWeightParts; ++part) {
         barriers.weights_full[part].wait(0);
+        const int32_t end = part_pairs(conv, part);
 #pragma unroll 4
-        for (; k < part_pairs(conv, part); ++k) {
-          wgmma_fence();
-          multiply_pair<true>(acc, halo, weights, pairs[k]);
-        }
+        for (; k < end; ++k) multiply_pair<true>(acc, halo, weights, pairs[k]);
       }
       wgmma_commit();
       if (self.is_leader_lane) barriers.turn[(self.index + 1) % kConsumers].arrive();
@@ -316,35 +305,57 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
   }
 }
 
+// A stage of streamed weights. Straight-line code: only then does waiting for the stage before not
+// also wait for this one.
+template <int kPairs, int kSize>
+__device__ void multiply_stage(int32_t (&acc)[kStreamedRunsPerConsumer][kSize], uint32_t halo,
+                               uint32_t weights, const HaloPair* pairs) {
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < kPairs; ++k) {
+#pragma unroll
+    for (int r = 0; r < kStreamedRunsPerConsumer; ++r) {
+      multiply_pair<true>(acc[r], halo + r * kRunPixels, weights, pairs[k]);
+    }
+  }
+  wgmma_commit();
+}
+
 // Streamed weights: a tile has up to kStreamedRuns runs, kStreamedRunsPerConsumer for each
 // warpgroup.
 template <int kChannels>
 __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, const Consumer& self) {
   const HaloConv& conv = args.conv;
   const HaloPlan& plan = conv.plan;
-  const HaloPair* pairs = conv.tables.pairs;
-  const int32_t steps = (conv.chunks + 1) / 2;
+  const int32_t steps = stage_steps(conv);
   const int32_t first_run = self.index * kStreamedRunsPerConsumer;
   Ring halo{kHaloStages}, weights{kStreamStages}, pixels{kHaloStages};
   for (int32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
-    int32_t acc[kStreamedRunsPerConsumer][kChannels / 2];
+    int32_t acc[kStreamedRunsPerConsumer][kChannels / 2] = {};
     int last_halo = -1, last_weights = -1;  // What the multiplications in flight read.
     for (int32_t step = 0; step < steps; ++step) {
       barriers.halo_full[halo.slot].wait(halo.parity);
       const uint32_t a =
           shared_unit(conv.at.halo + halo.slot * plan.stage_bytes()) + first_run * kRunPixels;
       for (int32_t first = 0; first < conv.taps; first += kStreamPairs) {
-        const int32_t count = min(conv.taps - first, kStreamPairs);
         const uint32_t b =
             shared_unit(conv.at.weights) + weights.slot * kStreamPairs * 2 * kChannels;
+        const HaloPair* pairs = conv.tables.pairs + first;
         barriers.weights_full[weights.slot].wait(weights.parity);
-        if (step + first == 0) {
-          multiply_pair<false>(acc, a, b, pairs[0]);
-        } else {
-          multiply_pair<true>(acc, a, b, pairs[first]);
+        static_assert(kStreamPairs == 4);
+        switch (min(conv.taps - first, kStreamPairs)) {
+          case 1:
+            multiply_stage<1>(acc, a, b, pairs);
+            break;
+          case 2:
+            multiply_stage<2>(acc, a, b, pairs);
+            break;
+          case 3:
+            multiply_stage<3>(acc, a, b, pairs);
+            break;
+          default:
+            multiply_stage<4>(acc, a, b, pairs);
         }
-        for (int32_t k = 1; k < count; ++k) multiply_pair<true>(acc, a, b, pairs[first + k]);
-        wgmma_commit();
         // All but the multiplications just begun are over: what they read can be loaded anew.
         wgmma_wait<1>();
         if (self.is_leader && last_weights >= 0) barriers.weights_empty[last_weights].arrive();
