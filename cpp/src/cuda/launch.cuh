@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "check.h"
+#include "cuda/cuda.h"
 
 // How the host side of this folder starts kernels.
 
@@ -57,8 +58,10 @@ void launch(const char* operation, const Queue& queue, const Launch& shape,
   const DeviceGuard guard(queue.device(), operation);
   constexpr size_t kDefaultSharedBytes = 48 * 1024;
   if (shape.shared_bytes > kDefaultSharedBytes) {
+    // The limit is the process's. Set to what this launch needs, another thread could lower it
+    // before the launch.
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shape.shared_bytes)),
+                                    shared_bytes(queue.device())),
                operation);
   }
   cudaLaunchAttribute overlap = {};
