@@ -260,14 +260,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// Machine code runs on later minor versions too. Later architectures only emulate these
-// instructions.
+// Machine code runs on later minor versions too, but for 8.7, which is Tegra. Later architectures
+// only emulate these instructions.
 bool runs_on(const Target& target) {
   if (!target.is_cuda) return false;
   switch (target.compute_capability) {
     case 80:
     case 86:
-    case 87:
     case 89:
       return has_machine_code("80");
     case 90:
