@@ -251,6 +251,7 @@ __device__ void store_group(const TileOutput& out, uint8_t* staging, const Pixel
     });
     return;
   }
+  // A run's channels start with a row, so that all of this is known when the groups are unrolled.
   constexpr int kRowChannels = kStagingRow / sizeof(T);
   const int column = group * kGroup % kRowChannels;
   stage_group<T>(staging, column * static_cast<int>(sizeof(T)), y);
