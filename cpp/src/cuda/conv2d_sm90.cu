@@ -218,6 +218,9 @@ __device__ void count_bits(const HaloConv& conv, Barriers& barriers) {
   }
 }
 
+// Each warpgroup may hold a stage while it waits for its turn.
+static_assert(kHaloStages >= kConsumers);
+
 // What a multiplying warpgroup knows of itself.
 struct Consumer {
   int index, warp;
@@ -488,6 +491,7 @@ bool accepts(const Conv2dShape& shape) {
 }
 
 void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
+  const DeviceGuard guard(queue.device(), "binary_conv2d");  // For the tensor maps.
   const HaloLimits limits = {.multiprocessors = multiprocessors(queue.device()),
                              .shared_bytes = shared_bytes(queue.device()),
                              .streamed_runs = kStreamedRuns,

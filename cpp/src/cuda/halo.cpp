@@ -172,7 +172,7 @@ class Planner {
     const double outputs =
         static_cast<double>(plan.tile_rows) * plan.tile_columns * plan.tile_images * channels;
     const double weights = static_cast<double>(weight_.chunks) * weight_.taps * channels * 16;
-    const double finish = 3.3 * channels + 250;
+    const double finish = 4 * channels + 60;  // Of issue slots, for which the warpgroups compete.
     double runs, start = kStart;
     if (plan.is_streamed) {
       const double pairs = static_cast<double>(plan.pairs) * ceil_div(weight_.chunks, 2);
@@ -180,7 +180,7 @@ class Planner {
       runs = std::max(runs, weights / kCacheBytes);
     } else {
       const double multiply = plan.pairs * channels / 2 + 60;
-      runs = plan.runs * std::max(multiply, (multiply + finish) / 2);
+      runs = plan.runs * std::max(multiply, finish);
       start += weights / kCacheBytes;
     }
     const double load = weight_.chunks * halo * 16 / kCacheBytes;

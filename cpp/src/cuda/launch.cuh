@@ -28,9 +28,9 @@ class DeviceGuard {
  public:
   DeviceGuard(int device, const char* operation) {
     check_cuda(cudaGetDevice(&previous_), operation);
-    if (previous_ == device) return;
+    // Also where it is current already: this gives the thread the context that driver calls need.
     check_cuda(cudaSetDevice(device), operation);
-    changed_ = true;
+    changed_ = previous_ != device;
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(previous_);

@@ -25,9 +25,11 @@ struct TileOutput {
   void* data;
   int64_t plane_pixels;  // out_height * out_width
   int64_t channels;
+  int64_t value_bytes;   // Of one value.
   int32_t packed_words;  // Of a pixel of bits.
   bool has_pieces;       // Rows of values start and end at 16-byte pieces.
   bool is_plain;         // Nothing happens between scale and bias and the output.
+  bool is_simple;        // All of this: plain floating-point values in pieces, no clamp, no bits.
 };
 
 // The parameter of a kernel.
@@ -40,15 +42,21 @@ inline TileOutput tile_output(const Conv2dArgs& args) {
   const Epilogue& epilogue = args.epilogue;
   const int64_t channels = args.shape.weight.out_channels;
   const bool has_values = epilogue.out_type != DataType::kBits;
-  const int64_t row_bytes = has_values ? channels * element_bytes(epilogue.out_type) : 0;
+  const int64_t value_bytes = has_values ? element_bytes(epilogue.out_type) : 0;
+  const bool has_pieces = epilogue.out_layout == Layout::kNHWC &&
+                          channels * value_bytes % kVectorBytes == 0 &&
+                          is_vector_aligned(args.output);
+  const bool is_plain = !epilogue.residual && !epilogue.activation.enabled;
+  const bool is_float = has_values && epilogue.out_type != DataType::kInt32;
   return {.epilogue = epilogue,
           .data = args.output,
           .plane_pixels = args.shape.out_height() * args.shape.out_width(),
           .channels = channels,
+          .value_bytes = value_bytes,
           .packed_words = static_cast<int32_t>(packed_bytes(channels) / sizeof(uint32_t)),
-          .has_pieces = epilogue.out_layout == Layout::kNHWC && row_bytes % kVectorBytes == 0 &&
-                        is_vector_aligned(args.output),
-          .is_plain = !epilogue.residual && !epilogue.activation.enabled};
+          .has_pieces = has_pieces,
+          .is_plain = is_plain,
+          .is_simple = is_float && is_plain && has_pieces && !epilogue.clamp && !epilogue.bits};
 }
 
 inline TileConv tile_conv(const Conv2dArgs& args, const HaloPlan& plan) {
@@ -119,23 +127,37 @@ __device__ inline Rows locate_rows(const TileOutput& out, const Pixel (&pixels)[
   return rows;
 }
 
-// From accumulators to scale * acc + bias, or to acc where the output is int32.
+// What a warp turns into outputs.
 template <int kColumns>
-__device__ void scale_group(const TileOutput& out, const int32_t (&acc)[kColumns / 2], int group,
-                            const Pixel (&pixels)[2], const int32_t* table, const float4* scaling,
+struct WarpRun {
+  const int32_t (&acc)[kColumns / 2];
+  const Pixel* warp_pixels;
+  Pixel pixels[2];       // Of this lane.
+  const int32_t* table;  // From here on in shared memory, from the run's first channel.
+  const float4* scaling;
+  const float4* limits;
+  uint8_t* staging;
+  int32_t first_channel;
+};
+
+// From accumulators to scale * acc + bias, or to acc where the output is int32.
+template <int kColumns, bool kIsSimple>
+__device__ void scale_group(const TileOutput& out, const WarpRun<kColumns>& run, int group,
                             Group& y) {
-  const bool is_integer = out.epilogue.out_type == DataType::kInt32;
+  const bool is_integer = !kIsSimple && out.epilogue.out_type == DataType::kInt32;
+  const bool is_clamped = !kIsSimple && out.epilogue.clamp;
 #pragma unroll
   for (int block = 0; block < kGroupBlocks; ++block) {
     const int32_t column = group * kGroup + group_column(block, 0);
-    const float4 terms = scaling[column / 2];  // Scales, then biases of two channels.
+    const float4 terms = run.scaling[column / 2];  // Scales, then biases of two channels.
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      const int2 t = *reinterpret_cast<const int2*>(table + pixels[row].table + column);
-      const int32_t* d = acc + 4 * (group * kGroupBlocks + block) + 2 * row;
-      float a0 = __int_as_float(4 * d[0] + t.x) + pixels[row].window;
-      float a1 = __int_as_float(4 * d[1] + t.y) + pixels[row].window;
-      if (out.epilogue.clamp) a0 = fmaxf(a0, 0.0f), a1 = fmaxf(a1, 0.0f);
+      const Pixel& pixel = run.pixels[row];
+      const int2 t = *reinterpret_cast<const int2*>(run.table + pixel.table + column);
+      const int32_t* d = run.acc + 4 * (group * kGroupBlocks + block) + 2 * row;
+      float a0 = __int_as_float(4 * d[0] + t.x) + pixel.window;
+      float a1 = __int_as_float(4 * d[1] + t.y) + pixel.window;
+      if (is_clamped) a0 = fmaxf(a0, 0.0f), a1 = fmaxf(a1, 0.0f);
       y[block][row][0] = is_integer ? a0 : __fmaf_rn(a0, terms.x, terms.z);
       y[block][row][1] = is_integer ? a1 : __fmaf_rn(a1, terms.y, terms.w);
     }
@@ -205,11 +227,11 @@ __device__ inline int staging_offset(int row, int byte) {
 }
 
 template <class T>
-__device__ void stage_group(uint8_t* staging, int first_byte, Group& y) {
-  const int row = threadIdx.x % kWarpSize / 4;
+__device__ void stage_group(uint8_t* staging, uint32_t lane, int first_byte, Group& y) {
+  const int row = static_cast<int>(lane / 4);
 #pragma unroll
   for (int block = 0; block < kGroupBlocks; ++block) {
-    const int byte = first_byte + group_column(block, 0) * static_cast<int>(sizeof(T));
+    const int byte = first_byte + static_cast<int>((8 * block + 2 * (lane % 4)) * sizeof(T));
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const Vector<T, 2> pair = {{from_float<T>(y[block][i][0]), from_float<T>(y[block][i][1])}};
@@ -218,65 +240,127 @@ __device__ void stage_group(uint8_t* staging, int first_byte, Group& y) {
   }
 }
 
-// Stores the staged channels, from first_channel up to but not with last_channel.
-template <class T>
-__device__ void flush_staging(const TileOutput& out, const uint8_t* staging, const Pixel* pixels,
-                              int64_t first_channel, int64_t last_channel) {
-  constexpr int kPieces = kStagingRow / kVectorBytes;
+// Where the lane stores pieces of its share of the warp's rows: rows lane / 8 + 4 * i, each from
+// the run's first channel on, and there piece lane % 8. Null where there is no pixel.
+constexpr int kPieces = kStagingRow / kVectorBytes;
+constexpr int kFlushRows = kWarpSize / kPieces;  // That a warp stores at a time.
+struct PieceRows {
+  uint8_t* at[kWarpPixels / kFlushRows];
+};
+
+template <int kColumns>
+__device__ PieceRows locate_pieces(const TileOutput& out, const WarpRun<kColumns>& run) {
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t channel = first_channel + lane % kPieces * kVectorWidth<T>;
+  uint8_t* data = static_cast<uint8_t*>(out.data) + run.first_channel * out.value_bytes +
+                  lane % kPieces * kVectorBytes;
+  const int64_t row_bytes = out.channels * out.value_bytes;
+  PieceRows rows;
+#pragma unroll
+  for (int i = 0; i < kWarpPixels / kFlushRows; ++i) {
+    const int64_t pixel = run.warp_pixels[lane / kPieces + i * kFlushRows].index;
+    rows.at[i] = pixel < 0 ? nullptr : data + pixel * row_bytes;
+  }
+  return rows;
+}
+
+// Stores the first `bytes` bytes of the staged rows, `offset` bytes behind the run's first channel.
+__device__ inline void flush_staging(const PieceRows& rows, const uint8_t* staging, int offset,
+                                     int bytes) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int byte = lane % kPieces * kVectorBytes;
   __syncwarp();
 #pragma unroll
-  for (int first = 0; first < kWarpPixels; first += kWarpSize / kPieces) {
-    const int row = first + lane / kPieces;
-    const int64_t pixel = pixels[row].index;
-    const uint4 piece = *reinterpret_cast<const uint4*>(
-        staging + staging_offset(row, lane % kPieces * kVectorBytes));
-    if (pixel >= 0 && channel < last_channel) {
-      *reinterpret_cast<uint4*>(static_cast<T*>(out.data) + pixel * out.channels + channel) = piece;
-    }
+  for (int i = 0; i < kWarpPixels / kFlushRows; ++i) {
+    const int row = lane / kPieces + i * kFlushRows;
+    const uint4 piece = *reinterpret_cast<const uint4*>(staging + staging_offset(row, byte));
+    if (rows.at[i] && byte < bytes) *reinterpret_cast<uint4*>(rows.at[i] + offset) = piece;
   }
   __syncwarp();
 }
 
+// Of a group in pieces. channels: how many of its channels there are.
 template <class T>
-__device__ void store_group(const TileOutput& out, uint8_t* staging, const Pixel* pixels,
-                            const Rows& rows, int64_t first_channel, int group, bool is_last,
-                            Group& y) {
-  if (!out.has_pieces) {
-    for_each(y, [&](float& value, int row, int32_t column) {
-      const int64_t channel = first_channel + column;
-      if (!rows.is_valid[row] || channel >= out.channels) return;
-      static_cast<T*>(out.data)[rows.base[row] + channel * rows.step] = from_float<T>(value);
-    });
-    return;
-  }
+__device__ void store_pieces(const PieceRows& rows, uint8_t* staging, int group, bool is_last,
+                             int channels, Group& y) {
+  uint32_t lane = threadIdx.x % kWarpSize;
+  asm volatile("" : "+r"(lane));  // As in store_run.
   // A run's channels start with a row, so that all of this is known when the groups are unrolled.
-  constexpr int kRowChannels = kStagingRow / sizeof(T);
+  constexpr int kRowChannels = kStagingRow / sizeof(T), kSize = sizeof(T);
   const int column = group * kGroup % kRowChannels;
-  stage_group<T>(staging, column * static_cast<int>(sizeof(T)), y);
+  stage_group<T>(staging, lane, column * kSize, y);
   if (is_last || column + kGroup == kRowChannels) {
-    flush_staging<T>(out, staging, pixels, first_channel - column,
-                     min(first_channel + kGroup, out.channels));
+    flush_staging(rows, staging, (group * kGroup - column) * kSize, (column + channels) * kSize);
   }
 }
 
-__device__ inline void store_values(const TileOutput& out, uint8_t* staging, const Pixel* pixels,
-                                    const Rows& rows, int64_t first_channel, int group,
-                                    bool is_last, Group& y) {
+template <class T>
+__device__ void store_group(const TileOutput& out, const PieceRows& pieces, uint8_t* staging,
+                            const Rows& rows, int64_t first_channel, int group, bool is_last,
+                            Group& y) {
+  if (out.has_pieces) {
+    const int64_t channels = min(out.channels - first_channel, int64_t{kGroup});
+    return store_pieces<T>(pieces, staging, group, is_last, static_cast<int>(channels), y);
+  }
+  for_each(y, [&](float& value, int row, int32_t column) {
+    const int64_t channel = first_channel + column;
+    if (!rows.is_valid[row] || channel >= out.channels) return;
+    static_cast<T*>(out.data)[rows.base[row] + channel * rows.step] = from_float<T>(value);
+  });
+}
+
+__device__ inline void store_values(const TileOutput& out, const PieceRows& pieces,
+                                    uint8_t* staging, const Rows& rows, int64_t first_channel,
+                                    int group, bool is_last, Group& y) {
+  const auto store = [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    store_group<T>(out, pieces, staging, rows, first_channel, group, is_last, y);
+  };
   switch (out.epilogue.out_type) {
     case DataType::kFloat16:
-      return store_group<__half>(out, staging, pixels, rows, first_channel, group, is_last, y);
+      return store(std::type_identity<__half>{});
     case DataType::kBFloat16:
-      return store_group<__nv_bfloat16>(out, staging, pixels, rows, first_channel, group, is_last,
-                                        y);
+      return store(std::type_identity<__nv_bfloat16>{});
     case DataType::kFloat32:
-      return store_group<float>(out, staging, pixels, rows, first_channel, group, is_last, y);
+      return store(std::type_identity<float>{});
     case DataType::kInt32:
-      return store_group<int32_t>(out, staging, pixels, rows, first_channel, group, is_last, y);
+      return store(std::type_identity<int32_t>{});
     default:
       return;
   }
+}
+
+// Where out.is_simple and all channels exist: the common case, in which nothing is decided for each
+// value or group.
+template <class T, int kColumns>
+__device__ void store_simple_run(const TileOutput& out, const WarpRun<kColumns>& run) {
+  const PieceRows rows = locate_pieces(out, run);
+#pragma unroll
+  for (int group = 0; group < kColumns / kGroup; ++group) {
+    Group y;
+    scale_group<kColumns, true>(out, run, group, y);
+    store_pieces<T>(rows, run.staging, group, group + 1 == kColumns / kGroup, kGroup, y);
+  }
+}
+
+template <int kColumns>
+__device__ void store_any_run(const TileOutput& out, const WarpRun<kColumns>& run) {
+  constexpr int kGroups = kColumns / kGroup;
+  const Rows rows = locate_rows(out, run.pixels);
+  const PieceRows pieces = locate_pieces(out, run);
+  void* bits = out.epilogue.out_type == DataType::kBits ? out.data : out.epilogue.bits;
+  uint32_t words[kGroups][2] = {};
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    const int64_t channel = run.first_channel + group * kGroup;
+    if (channel >= out.channels) break;
+    Group y;
+    scale_group<kColumns, false>(out, run, group, y);
+    if (!out.is_plain) finish_group(out, rows, channel, y);
+    if (bits) pack_group(out, channel, run.limits + group * kGroup / 2, y, words[group]);
+    const bool is_last = group + 1 == kGroups || channel + kGroup >= out.channels;
+    store_values(out, pieces, run.staging, rows, channel, group, is_last, y);
+  }
+  if (bits) store_words<kGroups>(out, bits, run.pixels, run.first_channel, words);
 }
 
 // acc: of a warp's 16 pixels and of kColumns channels from the block's channel `column`;
@@ -284,30 +368,26 @@ __device__ inline void store_values(const TileOutput& out, uint8_t* staging, con
 template <int kColumns>
 __device__ void store_run(const TileOutput& out, const HaloConv& conv, int32_t column,
                           const int32_t (&acc)[kColumns / 2], const Pixel* warp_pixels, int warp) {
-  const int32_t* table = shared<int32_t>(conv.at.table) + column;
-  const float4* scaling = shared<float4>(conv.at.scaling) + column / 2;
-  const float4* limits = shared<float4>(conv.at.limits) + column / 2;
-  uint8_t* staging = shared<uint8_t>(conv.at.staging) + warp * kWarpStaging;
+  const int lane_row = threadIdx.x % kWarpSize / 4;
   int32_t first = first_channel(conv) + column;
   asm volatile("" : "+r"(first));  // Else every channel's addresses are kept from run to run.
-  constexpr int kGroups = kColumns / kGroup;
-  const int lane_row = threadIdx.x % kWarpSize / 4;
-  const Pixel pixels[2] = {warp_pixels[lane_row], warp_pixels[lane_row + 8]};
-  const Rows rows = locate_rows(out, pixels);
-  void* bits = out.epilogue.out_type == DataType::kBits ? out.data : out.epilogue.bits;
-  uint32_t words[kGroups][2] = {};
-#pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    const int64_t channel = first + group * kGroup;
-    if (channel >= out.channels) break;
-    Group y;
-    scale_group<kColumns>(out, acc, group, pixels, table, scaling, y);
-    if (!out.is_plain) finish_group(out, rows, channel, y);
-    if (bits) pack_group(out, channel, limits + group * kGroup / 2, y, words[group]);
-    const bool is_last = group + 1 == kGroups || channel + kGroup >= out.channels;
-    store_values(out, staging, warp_pixels, rows, channel, group, is_last, y);
+  const WarpRun<kColumns> run = {.acc = acc,
+                                 .warp_pixels = warp_pixels,
+                                 .pixels = {warp_pixels[lane_row], warp_pixels[lane_row + 8]},
+                                 .table = shared<int32_t>(conv.at.table) + column,
+                                 .scaling = shared<float4>(conv.at.scaling) + column / 2,
+                                 .limits = shared<float4>(conv.at.limits) + column / 2,
+                                 .staging = shared<uint8_t>(conv.at.staging) + warp * kWarpStaging,
+                                 .first_channel = first};
+  if (!out.is_simple || first + kColumns > out.channels) return store_any_run(out, run);
+  switch (out.epilogue.out_type) {
+    case DataType::kFloat16:
+      return store_simple_run<__half>(out, run);
+    case DataType::kBFloat16:
+      return store_simple_run<__nv_bfloat16>(out, run);
+    default:
+      return store_simple_run<float>(out, run);
   }
-  if (bits) store_words<kGroups>(out, bits, pixels, first, words);
 }
 
 }  // namespace binconv::cuda
