@@ -55,6 +55,8 @@ std::string shape_string(const std::vector<int64_t>& shape) {
   return text + ")";
 }
 
+int all_cores() { return static_cast<int>(std::max(1u, std::thread::hardware_concurrency())); }
+
 template <class Import>
 Array import_array(const char* name, nb::handle object, const char* expected,
                    DataType (*type)(const char*, nb::dlpack::dtype) = type_of) {
@@ -186,8 +188,7 @@ Queue queue_for(const Array& first, std::initializer_list<const Array*> others,
 
 Queue queue_for(const Device& device, std::optional<int> threads, const char* kernel) {
   if (device.cuda) return Queue::cuda(nullptr, *device.cuda).with_kernel(kernel);
-  const int all = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
-  return Queue::cpu(threads.value_or(all)).with_kernel(kernel);
+  return Queue::cpu(threads ? *threads : all_cores()).with_kernel(kernel);
 }
 
 }  // namespace binconv::python
