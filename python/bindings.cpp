@@ -51,7 +51,8 @@ std::vector<int64_t> packed_shape(const ImageShape& image) {
 // A threshold is None, a number, or one number per channel.
 struct ThresholdArgument {
   ThresholdArgument(nb::handle object, int64_t channels) {
-    if (object.is_none() || nb::hasattr(object, "__dlpack__")) {
+    if (object.is_none() || nb::isinstance<nb::capsule>(object) ||
+        nb::hasattr(object, "__dlpack__")) {
       array = read_channels("threshold", object, channels);
       threshold.per_channel = floats(array);
       return;

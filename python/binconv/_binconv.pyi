@@ -1,5 +1,6 @@
 """Types of the compiled module; the public names are re-exported by `binconv`."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 class Array(Protocol):
@@ -45,9 +46,9 @@ class Conv2dShape:
         in_width: int,
         weight: WeightShape,
         *,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int, int, int] = (0, 0, 0, 0),
-        dilation: tuple[int, int] = (1, 1),
+        stride: Sequence[int] = (1, 1),
+        padding: Sequence[int] = (0, 0, 0, 0),
+        dilation: Sequence[int] = (1, 1),
         pad_value: int = 0,
     ) -> None: ...
     @property

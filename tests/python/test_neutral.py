@@ -251,7 +251,8 @@ def test_channel_thresholds_match_reference(dtype, layout):
     threshold[:4] = [np.nan, np.inf, -np.inf, -0.0]
     threshold[5::2] = x[0, 5::2, 0, 0]  # Equal values count as reached.
     expected = reference.pack(reference.bits_of(x, threshold))
-    np.testing.assert_array_equal(pack(x, layout, threshold=threshold), expected)
+    for given in (threshold, threshold.__dlpack__()):
+        np.testing.assert_array_equal(pack(x, layout, threshold=given), expected)
 
 
 def test_threshold_is_compared_in_float32():

@@ -18,6 +18,7 @@ from binconv.torch import BitTensor, binary_conv2d, pack_bits, pack_weight, prep
 from binconv.torch.autograd import sign_conv2d
 from binconv.torch.estimators import estimator
 from binconv.torch.functional import geometry_arguments
+from binconv.torch.ops import packed_geometry
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 VALUES = (*FLOATS, torch.int8)
@@ -779,13 +780,86 @@ def test_gradient_through_the_fused_operator_is_refused(device):
     y = torch.ops.binconv.packed_conv2d(
         pack_bits(x).data,
         prepare_weight(w).data,
-        w.shape,
-        *([1, 1], [0] * 4, [1, 1], 1, 0),
-        *(scale, None, None, 0.0, None, torch.float32, False),
+        packed_geometry(w.shape, [1, 1], [0] * 4, [1, 1], 1, 0),
+        *(torch.float32, False, scale),
         clamp=True,
     )
     with pytest.raises(NotImplementedError, match="clamp"):
         y.sum().backward()
+
+
+def test_calls_that_differ_in_one_size_are_told_apart(device):
+    """Images of 8 and of 16 channels have packed forms of the same shape."""
+    g = generator(60)
+    w = random_values(g, 6, 8, 3, 3)
+    cases = [{"padding": 1, "groups": groups} for groups in (1, 2)]
+    cases += [{"padding": 1, "pad_value": value} for value in (1, -1)]
+    cases += [{"padding": 1, name: 2} for name in ("stride", "dilation")]
+    cases += [{"padding": padding} for padding in ((1, 0), (0, 1), 2)]
+    for options in cases * 2:
+        groups = options.get("groups", 1)
+        for batch, height, width in ((2, 7, 6), (2, 6, 7), (1, 7, 6)):
+            x = random_values(g, batch, 8 * groups, height, width)
+            prepared = prepare_weight(w.to(device), groups=groups)
+            y = binary_conv2d(pack_bits(x.to(device)), prepared, out_dtype=torch.int32, **options)
+            assert torch.equal(y.cpu().double(), reference_torch.conv2d(x, w, **options))
+
+
+def test_calls_that_differ_in_the_number_of_threads_are_told_apart():
+    """The workspace of so large a convolution grows with the threads."""
+    g = generator(61)
+    x, w = random_values(g, 8, 64, 32, 32), random_values(g, 32, 64, 3, 3)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 4, 1, 2):
+            torch.set_num_threads(count)
+            y = binary_conv2d(pack_bits(x), prepare_weight(w), out_dtype=torch.int32)
+            assert torch.equal(y.double(), reference_torch.conv2d(x, w))
+    finally:
+        torch.set_num_threads(threads)
+
+
+PACKED_GRADIENTS = {
+    "scale": lambda acc, grad: (grad * acc).sum((0, 2, 3)),
+    "bias": lambda acc, grad: grad.sum((0, 2, 3)),
+    "residual": lambda acc, grad: grad,
+}
+
+
+@pytest.mark.parametrize("trains", PACKED_GRADIENTS)
+@pytest.mark.parametrize("others", ["given", "left out"])
+def test_gradient_of_one_tensor_beside_packed_operands(device, trains, others):
+    g = generator(58)
+    x, w = random_values(g, 2, 16, 6, 5), random_values(g, 4, 16, 3, 3)
+    acc = reference_torch.conv2d(x, w, padding=1)
+    values = {"scale": integers(g, 4), "bias": integers(g, 4), "residual": integers(g, *acc.shape)}
+    leaf = trained(values[trains], device)
+    given = {name: value.to(device) for name, value in values.items() if others == "given"}
+    operands = pack_bits(x.to(device)), prepare_weight(w.to(device))
+    grad = integers(g, *acc.shape)
+    y = binary_conv2d(*operands, padding=1, **(given | {trains: leaf}))
+    y.backward(grad.to(device))
+    assert_gradient_is(leaf.grad, PACKED_GRADIENTS[trains](acc, grad.double()))
+
+
+def test_autograd_takes_part_only_where_a_gradient_is_wanted(device):
+    g = generator(59)
+    x = pack_bits(random_values(g, 1, 8, 4, 4).to(device))
+    w = prepare_weight(random_values(g, 4, 8, 3, 3).to(device))
+    plain, leaf = factors(g, 4).to(device), factors(g, 4).to(device).requires_grad_()
+
+    def called(**options):
+        with Recorder() as recorder:
+            y = binary_conv2d(x, w, **options)
+        (call,) = recorder.calls
+        y = y[0] if isinstance(y, tuple) else y
+        return call[0]._schema.name.removeprefix("binconv::"), y.requires_grad
+
+    assert called(scale=plain) == ("packed_conv2d_no_grad", False)
+    assert called(scale=leaf) == ("packed_conv2d", True)
+    assert called(with_bits=True, threshold=leaf) == ("packed_conv2d_with_bits", False)
+    with torch.no_grad():
+        assert called(scale=leaf) == ("packed_conv2d_no_grad", False)
 
 
 # ---------------------------------------------------------------------------------------- gradients
@@ -1100,6 +1174,10 @@ def record_calls(device):
             channels_last(x), prepared, bias, threshold=scale, with_bits=True, clamp=True, **below
         )
         binary_conv2d(pack_bits(x), prepared, bias, with_bits=True, out_dtype=torch.float16)
+        leaves = [t.clone().requires_grad_() for t in (bias, scale, residual)]
+        for given in (x, pack_bits(x)):
+            binary_conv2d(given, prepared, scale=leaves[1], out_dtype=torch.float16)
+            binary_conv2d(given, prepared, leaves[0], residual=leaves[2], **geometry)
         pack_bits(x, scale.repeat(3)[:16]).unpack(torch.float16)
         prepare_weight(pack_weight(w), groups=2, in_channels=8)
         for weight_scale in ("channel", "tensor", None):
@@ -1144,8 +1222,7 @@ def test_opcheck_of_every_operator(device):
 def test_opcheck_of_the_differentiable_operators_with_gradients(device):
     checked = set()
     for function, args, kwargs in record_calls(device):
-        steps = args[16:18]  # clamp and activation, whose gradient the fused operator refuses
-        if function._schema.is_mutable or any(steps):
+        if function._schema.is_mutable:
             continue
         wanting, named = torch.utils._pytree.tree_map_only(
             torch.Tensor, lambda t: t.requires_grad_(t.is_floating_point()), (args, kwargs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .autograd import sign_conv2d, wants_gradient
+from .autograd import packed_conv2d, sign_conv2d, wants_gradient
 from .binary_parameter import BinaryParameter
 from .estimators import Identity
 from .functional import FLOATS, check_device, check_tensor, geometry_arguments, pack_bits
@@ -251,20 +251,14 @@ class BinaryConv2dCutlass(nn.Module):
             self._start_scale(x)
         if wants_gradient(x, self.bias_a, self.scale_a, self.weight, self._leaf_of_weight()):
             return self._forward_with_gradient(x)
-        out: Tensor = torch.ops.binconv.packed_conv2d(
+        return packed_conv2d(
             torch.ops.binconv.pack_bits(x, 0.0, -self.bias_a.float()),
             self._prepared(),
-            self._weight_shape,
-            *self._geometry,
+            ops.packed_geometry(self._weight_shape, *self._geometry),
+            x.dtype,
+            ops.is_channels_last(x),
             self._output_scale(self._activation_scale()),
-            None,
-            None,
-            threshold=0.0,
-            channel_threshold=None,
-            out_dtype=x.dtype,
-            channels_last=ops.is_channels_last(x),
         )
-        return out
 
     def _forward_with_gradient(self, x: Tensor) -> Tensor:
         shifted = x + self.bias_a.float().view(-1, 1, 1)

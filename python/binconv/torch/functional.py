@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import sign_conv2d, wants_gradient
+from .autograd import packed_conv2d, sign_conv2d, wants_gradient
 from .bit_tensor import BitTensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -71,7 +71,7 @@ def prepare_weight(w: Tensor, groups: int = 1, in_channels: int | None = None) -
     in_channels: for packed weights, I / groups; needed where that is not a multiple of 128.
     """
     check_tensor("w", w, (*VALUES, torch.uint8), rank=4)
-    _check_extent("groups", groups, 1)
+    _check_extents("groups", [groups], 1)
     if w.dtype == torch.uint8:
         packed = w
         in_channels = 8 * w.shape[3] if in_channels is None else in_channels
@@ -145,20 +145,23 @@ def binary_conv2d(
     and prelu bend, at 0, those of the positive side. Bits and prepared weights carry none: an x or
     weight that requires a gradient is refused where it would be lost.
     """
-    channels = (x if isinstance(x, BitTensor) else check_tensor("x", x, VALUES, rank=4)).shape[1]
-    groups = _check_weight(x, weight, channels, groups)
+    if not isinstance(x, BitTensor):
+        check_tensor("x", x, VALUES, rank=4)
+    device = x.device
+    batch, channels, *in_sizes = x.shape
+    groups = _check_weight(weight, groups, channels, device)
     out_channels, _, *kernel = weight.shape
     geometry = geometry_arguments(stride, padding, dilation, kernel, groups, pad_value)
     dtype = _out_dtype(x, out_dtype)
-    sizes = ops.out_sizes(x.shape[0], x.shape[2:], weight.shape, *geometry[:3])
+    sizes = ops.out_sizes(batch, in_sizes, weight.shape, *geometry[:3])
     epilogue = Epilogue(
-        scale=_per_channel("scale", scale, out_channels, x.device),
-        bias=_per_channel("bias", bias, out_channels, x.device),
-        residual=_checked_residual(residual, sizes, x.device),
+        scale=_per_channel("scale", scale, out_channels, device),
+        bias=_per_channel("bias", bias, out_channels, device),
+        residual=_checked_residual(residual, sizes, device),
         clamp=clamp,
-        activation=_activation(prelu, out_channels, x.device),
-        limits=_threshold(threshold, out_channels, x.device),
-        below=_flags("threshold_below", threshold_below, out_channels, x.device),
+        activation=_activation(prelu, out_channels, device),
+        limits=_threshold(threshold, out_channels, device),
+        below=_flags("threshold_below", threshold_below, out_channels, device),
         dtype=dtype,
         with_bits=with_bits,
         channels_last=dtype is None or isinstance(x, BitTensor) or ops.is_channels_last(x),
@@ -166,10 +169,10 @@ def binary_conv2d(
     _check_outputs(epilogue, has_threshold=threshold is not None)
 
     is_plain = not (clamp or epilogue.activation or with_bits)
-    if dtype in FLOATS and is_plain and isinstance(x, Tensor) and isinstance(weight, Tensor):
+    if dtype in FLOATS and is_plain:
         convolve = _convolution(x, weight, geometry, epilogue.channels_last)
         return convolve(epilogue.scale, epilogue.bias, residual, dtype)
-    if dtype in FLOATS and not is_plain and _need_gradient(x, weight, epilogue):
+    if dtype in FLOATS and _need_gradient(x, weight, epilogue):
         return _in_steps(x, weight, geometry, epilogue)
     return _fused(x, weight, geometry, epilogue)
 
@@ -201,12 +204,13 @@ def _fused(
     scale, bias, residual, clamp, activation, limits, below, dtype, with_bits, last = epilogue
     packed, prepared = _packed_operands(x, weight, dtype, geometry[3])
     steps = (False, None, None, None) if activation is None else (True, *activation)
-    arguments = (scale, bias, residual, *limits, dtype, last, below, clamp, *steps)
-    operands = (packed, prepared.data, prepared.shape, *geometry)
+    operands = (packed, prepared.data, ops.packed_geometry(prepared.shape, *geometry), dtype, last)
+    factors = (scale, bias, residual)
     if with_bits:
-        out, bits = torch.ops.binconv.packed_conv2d_with_bits(*operands, *arguments)
+        operator = torch.ops.binconv.packed_conv2d_with_bits
+        out, bits = operator(*operands, *factors, clamp, *steps, *limits, below)
         return out, BitTensor(bits, prepared.shape[0])
-    out = torch.ops.binconv.packed_conv2d(*operands, *arguments)
+    out = packed_conv2d(*operands, *factors, clamp, *steps, *limits, below)
     return BitTensor(out, prepared.shape[0]) if dtype is None else out
 
 
@@ -237,20 +241,10 @@ def _convolution(
     if isinstance(x, Tensor) and isinstance(weight, Tensor):
         return lambda *epilogue: _convolve_floats(x, weight, geometry, *epilogue)
     packed, prepared = _packed_operands(x, weight, torch.float32, geometry[3])
-    operands = (packed, prepared.data, prepared.shape, *geometry)
-
-    def convolve(
-        scale: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        dtype: torch.dtype | None,
-    ) -> Tensor:
-        y: Tensor = torch.ops.binconv.packed_conv2d(
-            *operands, scale, bias, residual, 0.0, None, dtype, channels_last
-        )
-        return y
-
-    return convolve
+    operands = (packed, prepared.data, ops.packed_geometry(prepared.shape, *geometry))
+    return lambda scale, bias, residual, dtype: packed_conv2d(
+        *operands, dtype, channels_last, scale, bias, residual
+    )
 
 
 def _convolve_floats(
@@ -377,9 +371,10 @@ def check_tensor(name: str, x: object, dtypes: Sequence[torch.dtype], rank: int)
     return x
 
 
-def _check_extent(name: str, value: int, minimum: int) -> None:
-    if not isinstance(value, int) or not minimum <= value < 2**31:
-        raise ValueError(f"{name}: got {value!r}, expected an int from {minimum} to 2^31 - 1")
+def _check_extents(name: str, values: Sequence[int], minimum: int) -> None:
+    for value in values:
+        if not isinstance(value, int) or not minimum <= value < 2**31:
+            raise ValueError(f"{name}: got {value!r}, expected an int from {minimum} to 2^31 - 1")
 
 
 def check_device(name: str, x: Tensor | PreparedWeight, device: torch.device) -> None:
@@ -389,16 +384,16 @@ def check_device(name: str, x: Tensor | PreparedWeight, device: torch.device) ->
 
 
 def _check_weight(
-    x: Tensor | BitTensor, weight: Tensor | PreparedWeight, channels: int, groups: int
+    weight: Tensor | PreparedWeight, groups: int, channels: int, device: torch.device
 ) -> int:
-    """Checks a weight against x and returns the number of groups."""
+    """Checks a weight for x of these channels on this device; returns the number of groups."""
     if isinstance(weight, PreparedWeight):
         if groups not in (1, weight.groups):
             raise ValueError(f"groups: got {groups}, expected {weight.groups} as the weight's")
         groups = weight.groups
     else:
         check_tensor("weight", weight, VALUES, rank=4)
-    check_device("weight", weight, x.device)
+    check_device("weight", weight, device)
     expected = weight.shape[1] * groups
     if channels != expected:
         raise ValueError(
@@ -424,7 +419,9 @@ def _out_dtype(
 
 
 def _pair(name: str, value: int | Sequence[int]) -> list[int]:
-    pair = list(value) if isinstance(value, Sequence) else [value, value]
+    if isinstance(value, int):
+        return [value, value]
+    pair = list(value) if isinstance(value, Sequence) else []
     if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
         raise ValueError(f"{name}: got {value!r}, expected an int or a pair of ints")
     return pair
@@ -463,8 +460,7 @@ def geometry_arguments(
         ("dilation", dilations, 1),
         ("groups", [groups], 1),
     ):
-        for value in values:
-            _check_extent(name, value, minimum)
+        _check_extents(name, values, minimum)
     if pad_value not in (-1, 0, 1):
         raise ValueError(f"pad_value: got {pad_value!r}, expected 0, 1 or -1")
     return strides, pads, dilations, groups, pad_value
@@ -483,7 +479,7 @@ def _per_channel(
     if value.shape != (channels,):
         raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected ({channels},)")
     check_device(name, value, device)
-    return value.to(torch.float32).contiguous()
+    return value.float().contiguous()
 
 
 def _activation(prelu: PReLU | None, channels: int, device: torch.device) -> Activation | None:
@@ -518,4 +514,5 @@ def _threshold(
 ) -> tuple[float, Tensor | None]:
     if threshold is None or isinstance(threshold, (int, float)):
         return float(threshold or 0), None
-    return 0.0, _per_channel("threshold", threshold, channels, device)
+    per_channel = _per_channel("threshold", threshold, channels, device)
+    return 0.0, None if per_channel is None else per_channel.detach()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .autograd import sign_conv2d, wants_gradient
+from .autograd import packed_conv2d, sign_conv2d, wants_gradient
 from .binary_parameter import BinaryParameter
 from .bit_tensor import BitTensor
 from .estimators import EDE, Estimator, Identity, estimator
@@ -195,20 +195,8 @@ class BinaryConv2d(nn.Conv2d):
     ) -> Tensor:
         if prepared is None:
             prepared = prepare_weight(self.weight.detach(), self.groups).data
-        out: Tensor = torch.ops.binconv.packed_conv2d(
-            packed,
-            prepared,
-            self.weight.shape,
-            *self._geometry,
-            scale,
-            bias,
-            None,
-            threshold=0.0,
-            channel_threshold=None,
-            out_dtype=dtype,
-            channels_last=channels_last,
-        )
-        return out
+        geometry = ops.packed_geometry(self.weight.shape, *self._geometry)
+        return packed_conv2d(packed, prepared, geometry, dtype, channels_last, scale, bias)
 
     def _check_weight(self) -> None:
         check_tensor("weight", self.weight, (*FLOATS, torch.int8), rank=4)

@@ -2,11 +2,13 @@
 
 Registered with `torch.library.Library` rather than `custom_op`, which costs three times as much a
 call. Sizes are lists of ints in the order of the C++ library: stride and dilation (height, width),
-padding (top, left, bottom, right). An `out_dtype` of None stands for packed bits.
+padding (top, left, bottom, right); operators on packed bits take them in one list, which is quicker
+(`packed_geometry`). An `out_dtype` of None stands for packed bits.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -20,6 +22,14 @@ _library = torch.library.Library("binconv", "DEF")
 
 _GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups, int pad_value"
 _EPILOGUE = "Tensor? scale, Tensor? bias, Tensor? residual"
+_PACKED_CONV2D = (
+    "(Tensor packed, Tensor prepared, int[14] geometry, "
+    "ScalarType? out_dtype, bool channels_last, "
+    "Tensor? scale=None, Tensor? bias=None, Tensor? residual=None, "
+    "bool clamp=False, bool activation=False, "
+    "Tensor? in_shift=None, Tensor? slope=None, Tensor? out_shift=None, "
+    "float threshold=0.0, Tensor? channel_threshold=None, Tensor? threshold_below=None)"
+)
 
 _library.define("pack_bits(Tensor x, float threshold, Tensor? channel_threshold) -> Tensor")
 _library.define("unpack_bits(Tensor packed, int channels, ScalarType dtype) -> Tensor")
@@ -29,13 +39,8 @@ _library.define(
     "refresh_weight(Tensor weight, int groups, bool per_channel, Tensor(a!) prepared, "
     "Tensor(b!) scale, Tensor stamp) -> ()"
 )
-_PACKED_CONV2D = (
-    f"(Tensor packed, Tensor prepared, int[4] weight_shape, {_GEOMETRY}, {_EPILOGUE}, "
-    "float threshold, Tensor? channel_threshold, ScalarType? out_dtype, bool channels_last, "
-    "Tensor? threshold_below=None, bool clamp=False, bool activation=False, "
-    "Tensor? in_shift=None, Tensor? slope=None, Tensor? out_shift=None)"
-)
 _library.define(f"packed_conv2d{_PACKED_CONV2D} -> Tensor")
+_library.define(f"packed_conv2d_no_grad{_PACKED_CONV2D} -> Tensor")
 _library.define(f"packed_conv2d_with_bits{_PACKED_CONV2D} -> (Tensor, Tensor)")
 _library.define(
     f"conv2d(Tensor x, Tensor weight, Tensor? prepared, {_GEOMETRY}, {_EPILOGUE}, "
@@ -46,7 +51,7 @@ _library.define(
 def _queue(x: Tensor) -> dict[str, Any]:
     """Where to run: the keyword arguments of the neutral functions for a tensor's device."""
     if x.is_cuda:
-        return {"stream": torch.cuda.current_stream(x.device).cuda_stream}
+        return {"stream": torch.cuda.current_stream(x.get_device()).cuda_stream}
     return {"threads": torch.get_num_threads()}
 
 
@@ -76,13 +81,13 @@ def _dense(x: Tensor) -> tuple[Tensor, Literal["nchw", "nhwc"]]:
 
 def _array(x: Tensor) -> Any:
     """A tensor for the neutral functions, which take a capsule in a fifth of a tensor's time."""
-    return to_dlpack(x.detach())
+    return to_dlpack(x.detach() if x.requires_grad else x)
 
 
 def _pack_bits(x: Tensor, threshold: float, channel_threshold: Tensor | None) -> Tensor:
     array, layout = _dense(x)
     packed = _new_packed(x.shape, x)
-    limit = threshold if channel_threshold is None else channel_threshold.detach()
+    limit = threshold if channel_threshold is None else _array(channel_threshold)
     binconv.pack_bits(_array(array), _array(packed), layout=layout, threshold=limit, **_queue(x))
     return packed
 
@@ -191,6 +196,49 @@ class _Source:
         )
 
 
+def packed_geometry(
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pad_value: int,
+) -> list[int]:
+    """The argument `geometry` of the operators on packed bits; weight_shape as in PyTorch."""
+    return [*weight_shape, *stride, *padding, *dilation, groups, pad_value]
+
+
+def _parts(geometry: Sequence[int]) -> tuple[Any, Any, Any, Any, int, int]:
+    """What packed_geometry made it of."""
+    return geometry[:4], geometry[4:6], geometry[6:10], geometry[10:12], geometry[12], geometry[13]
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    batch: int,
+    height: int,
+    width: int,
+    geometry: tuple[int, ...],
+    *,
+    device: int | None,
+    threads: int | None,
+) -> tuple[binconv.Conv2dShape, tuple[int, int, int, int], int]:
+    """What depends on sizes alone: all of them, those of the result, bytes of scratch memory."""
+    weight_shape, stride, padding, dilation, groups, pad_value = _parts(geometry)
+    shape = binconv.Conv2dShape(
+        batch,
+        height,
+        width,
+        _weight_shape(weight_shape, groups),
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        pad_value=pad_value,
+    )
+    scratch = binconv.workspace_bytes(shape, device=device, threads=threads)
+    return shape, (batch, weight_shape[0], shape.out_height, shape.out_width), scratch
+
+
 def _packed_conv2d(*arguments: Any) -> Tensor:
     return _run_packed_conv2d(False, *arguments)[0]
 
@@ -205,52 +253,39 @@ def _run_packed_conv2d(
     with_bits: bool,
     packed: Tensor,
     prepared: Tensor,
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pad_value: int,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    threshold: float,
-    channel_threshold: Tensor | None,
+    geometry: Sequence[int],
     out_dtype: torch.dtype | None,
     channels_last: bool,
-    threshold_below: Tensor | None = None,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
     clamp: bool = False,
     activation: bool = False,
     in_shift: Tensor | None = None,
     slope: Tensor | None = None,
     out_shift: Tensor | None = None,
+    threshold: float = 0.0,
+    channel_threshold: Tensor | None = None,
+    threshold_below: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    batch, height, width, _ = packed.shape
-    shape = binconv.Conv2dShape(
-        batch,
-        height,
-        width,
-        _weight_shape(weight_shape, groups),
-        stride=tuple(stride),  # type: ignore[arg-type]
-        padding=tuple(padding),  # type: ignore[arg-type]
-        dilation=tuple(dilation),  # type: ignore[arg-type]
-        pad_value=pad_value,
-    )
     queue = _queue(packed)
-    scratch = binconv.workspace_bytes(shape, **_place(packed), threads=queue.get("threads"))
-    workspace = torch.empty(scratch, dtype=torch.uint8, device=packed.device) if scratch else None
-    sizes = (batch, shape.weight.out_channels, shape.out_height, shape.out_width)
+    shape, sizes, scratch = _plan(
+        *packed.shape[:3], tuple(geometry), **_place(packed), threads=queue.get("threads")
+    )
+    workspace = packed.new_empty(scratch) if scratch else None
     out = _new_output(sizes, packed, out_dtype, channels_last)
     bits = _new_packed(sizes, packed) if with_bits else None
-    limit: Tensor | float | None = None
+    limit: Any = None
     if with_bits or out_dtype is None:
-        limit = threshold if channel_threshold is None else channel_threshold.detach()
-    shifts_and_slope = tuple(_optional_array(x) for x in (in_shift, slope, out_shift))
+        limit = threshold if channel_threshold is None else _array(channel_threshold)
+    shifts_and_slope: Any = None
+    if activation:
+        shifts_and_slope = tuple(_optional_array(x) for x in (in_shift, slope, out_shift))
     binconv.binary_conv2d(
         shape,
-        _array(_bits(packed)),
-        _array(_bits(prepared)),
-        _array(out if out_dtype is None else _in_layout(out, channels_last)),
+        to_dlpack(_bits(packed)),
+        to_dlpack(_bits(prepared)),
+        to_dlpack(out if out_dtype is None else _in_layout(out, channels_last)),
         layout="nhwc" if channels_last else "nchw",
         clamp=clamp,
         scale=_optional_array(scale),
@@ -258,7 +293,7 @@ def _run_packed_conv2d(
         residual=None
         if residual is None
         else _array(_in_layout(residual, channels_last).contiguous()),
-        activation=shifts_and_slope if activation else None,
+        activation=shifts_and_slope,
         threshold=limit,
         threshold_below=_optional_array(threshold_below),
         bits=_optional_array(bits),
@@ -282,7 +317,7 @@ def _new_output(
     if out_dtype is None:
         return _new_packed(sizes, like)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(sizes, dtype=out_dtype, device=like.device, memory_format=memory_format)
+    return torch.empty(*sizes, dtype=out_dtype, device=like.device, memory_format=memory_format)
 
 
 def out_sizes(
@@ -310,15 +345,13 @@ def out_sizes(
 def _fake_packed_conv2d(
     packed: Tensor,
     prepared: Tensor,
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    *others: Any,
+    geometry: Sequence[int],
+    out_dtype: torch.dtype | None,
+    channels_last: bool,
+    *epilogue: Any,
 ) -> Tensor:
     batch, *in_sizes, _ = packed.shape
-    out_dtype, channels_last = others[7:9]
-    sizes = out_sizes(batch, in_sizes, weight_shape, stride, padding, dilation)
+    sizes = out_sizes(batch, in_sizes, *_parts(geometry)[:4])
     return _new_output(sizes, packed, out_dtype, channels_last)
 
 
@@ -350,19 +383,12 @@ def _conv2d(
     return _packed_conv2d(
         _pack_bits(x, 0.0, None),
         prepared,
-        weight.shape,
-        stride,
-        padding,
-        dilation,
-        groups,
-        pad_value,
+        packed_geometry(weight.shape, stride, padding, dilation, groups, pad_value),
+        out_dtype,
+        is_channels_last(x),
         scale,
         bias,
         residual,
-        0.0,
-        None,
-        out_dtype,
-        is_channels_last(x),
     )
 
 
@@ -392,11 +418,11 @@ def _epilogue_gradients(
 
 
 def _save_for_packed_conv2d_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    packed, prepared, *geometry, _, bias, residual, _, _, _, channels_last = inputs[:15]
+    packed, prepared, geometry, _, channels_last, _, bias, residual, clamp, activation = inputs[:10]
     ctx.save_for_backward(packed, prepared, bias, residual)
     ctx.geometry = geometry
     ctx.channels_last = channels_last
-    ctx.is_linear = not any(inputs[16:18])  # Neither clamp nor activation.
+    ctx.is_linear = not (clamp or activation)
 
 
 def _packed_conv2d_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
@@ -406,15 +432,15 @@ def _packed_conv2d_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | N
             "binconv.torch.binary_conv2d computes these steps where it can pass"
         )
     packed, prepared, bias, residual = ctx.saved_tensors
-    needs = ctx.needs_input_grad
+    # Without the trailing arguments that have their default, None.
+    needs_scale, needs_bias = (*ctx.needs_input_grad, False, False)[5:7]
     acc = None
-    if needs[8]:
-        plain = (None, None, None, 0.0, None, torch.float32)
-        acc = torch.ops.binconv.packed_conv2d(
-            packed, prepared, *ctx.geometry, *plain, ctx.channels_last
+    if needs_scale:
+        acc = torch.ops.binconv.packed_conv2d_no_grad.default(
+            packed, prepared, ctx.geometry, torch.float32, ctx.channels_last
         )
-    gradients = _epilogue_gradients(grad, acc, bias if needs[9] else None, residual)
-    return *[None] * 8, *gradients, *[None] * 10
+    gradients = _epilogue_gradients(grad, acc, bias if needs_bias else None, residual)
+    return *[None] * 5, *gradients, *[None] * 8
 
 
 _OPERATORS: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = [
@@ -424,6 +450,7 @@ _OPERATORS: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = [
     ("prepare_weight", _prepare_weight, _fake_prepare_weight),
     ("refresh_weight", _refresh_weight, lambda *_: None),
     ("packed_conv2d", _packed_conv2d, _fake_packed_conv2d),
+    ("packed_conv2d_no_grad", _packed_conv2d, _fake_packed_conv2d),
     ("packed_conv2d_with_bits", _packed_conv2d_with_bits, _fake_packed_conv2d_with_bits),
     ("conv2d", _conv2d, _fake_conv2d),
 ]
@@ -431,10 +458,11 @@ for _name, _function, _fake in _OPERATORS:
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _function, _key)
     torch.library.register_fake(f"binconv::{_name}", _fake, lib=_library)
-for _name in ("packed_conv2d", "packed_conv2d_with_bits"):
-    torch.library.register_autograd(
-        f"binconv::{_name}",
-        _packed_conv2d_backward,
-        setup_context=_save_for_packed_conv2d_backward,
-        lib=_library,
-    )
+for _name in ("packed_conv2d_no_grad", "packed_conv2d_with_bits"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+torch.library.register_autograd(
+    "binconv::packed_conv2d",
+    _packed_conv2d_backward,
+    setup_context=_save_for_packed_conv2d_backward,
+    lib=_library,
+)
