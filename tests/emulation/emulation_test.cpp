@@ -69,6 +69,10 @@ constexpr uint64_t kOperand = uint64_t{128 >> 4} << 32 | uint64_t{1024 >> 4} << 
 
 }  // namespace
 
+TEST(EmulatedBits, RandomImagesMatchReference) {
+  for (int seed = 1; seed <= 200; ++seed) check_random_bits(seed);
+}
+
 TEST(EmulatedDirect, RandomShapesMatchReference) { check_random_convolutions("cuda_direct", 100); }
 
 TEST(EmulatedSm80, RandomShapesMatchReference) {

@@ -10,8 +10,8 @@
 #include "test.h"
 
 // binconv_emulation_fuzz [seed] [iterations] [kernel]: random convolutions on the emulated GPU, on
-// every kernel or on the one named. Iteration i is drawn from seed + i alone. Without a seed, or
-// with 0, it is a fresh one.
+// every kernel or on the one named, or with "bits" random images packed and unpacked. Iteration i
+// is drawn from seed + i alone. Without a seed, or with 0, it is a fresh one.
 
 using namespace binconv::test;
 
@@ -29,7 +29,11 @@ int main(int argc, char** argv) {
   for (int64_t i = 0; i < iterations; ++i) {
     const int64_t failures_before = failure_count();
     for (const std::string& kernel : kernels) {
-      binconv::emulation::check_random_conv2d(kernel.c_str(), seed + i);
+      if (kernel == "bits") {
+        binconv::emulation::check_random_bits(seed + i);
+      } else {
+        binconv::emulation::check_random_conv2d(kernel.c_str(), seed + i);
+      }
     }
     if (failure_count() > failures_before) ++failed;
   }

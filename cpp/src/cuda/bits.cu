@@ -1,225 +1,452 @@
 #include "check.h"
+#include "cuda/bits_tiles.cuh"
 #include "cuda/cuda.h"
 #include "cuda/launch.cuh"
 #include "cuda/numeric.cuh"
 
+// Packing reads values by the piece and leaves their bits in shared memory, in the order of the
+// values; packed chunks are gathered from there. Unpacking goes the other way. So values move in
+// aligned vectors, whatever the shape and wherever they lie.
+
 namespace binconv::cuda {
 namespace {
 
-// What the kernels need of an ImageShape.
-struct Image {
-  int64_t pixels;        // Of all images together.
-  int64_t plane_pixels;  // height * width
-  int32_t channels;
-  int32_t chunks;  // 16-byte chunks of a packed pixel.
+constexpr int kThreads = 128;
+
+using Chunk = Vector<uint32_t, kChunkWords>;
+
+// What a thread takes at once: whole vectors of values that make whole bytes of bits.
+template <class T>
+constexpr int kPieceValues = sizeof(T) == 1 ? 16 : 8;
+template <class T>
+using PieceBits = std::conditional_t<sizeof(T) == 1, uint16_t, uint8_t>;
+template <class T>
+struct alignas(kPieceValues<T> * sizeof(T)) Piece {
+  static constexpr int kWords = kPieceValues<T> * sizeof(T) / sizeof(uint32_t);
+
+  __device__ T& operator[](int i) { return reinterpret_cast<T*>(words)[i]; }
+  __device__ const T& operator[](int i) const { return reinterpret_cast<const T*>(words)[i]; }
+
+  uint32_t words[kWords];  // As values, the compiler would move them one by one.
 };
 
-constexpr int kChunkBytes = 16;
-constexpr int kChunkWords = 4;
-
-Image image_of(const ImageShape& shape) {
-  const int64_t plane_pixels = shape.height * shape.width;
-  return {.pixels = shape.batch * plane_pixels,
-          .plane_pixels = plane_pixels,
-          .channels = static_cast<int32_t>(shape.channels),
-          .chunks = static_cast<int32_t>(packed_bytes(shape.channels) / kChunkBytes)};
-}
-
-// Whether every vector of kVectorWidth<T> channels of every kNHWC pixel is aligned and within the
-// pixel.
+// An array of values, const or not. Positions in it count from the aligned piece that its first
+// value is in.
 template <class T>
-bool has_vector_pixels(const ImageShape& shape, const T* x) {
-  return is_vector_aligned(x) && shape.channels % kVectorWidth<T> == 0;
-}
+struct Array {
+  using Value = std::remove_const_t<T>;
 
-__device__ uint32_t to_bit(float x, const Threshold& threshold, int32_t channel) {
-  return x >= (threshold.per_channel ? threshold.per_channel[channel] : threshold.value);
-}
+  Array(T* values, int64_t count)
+      : begin(reinterpret_cast<uintptr_t>(values) / sizeof(T) % kPieceValues<Value>),
+        end(begin + count),
+        memory(values - begin) {}
 
+  int64_t begin, end;
+  T* memory;
+};
+
+// A piece that values of a row are in.
+struct Slot {
+  uint32_t row;
+  int32_t first;  // Value of the row that the piece starts with; below 0 in front of the row.
+  int64_t position;
+};
+
+// The pieces of a tile, row by row. Every row has the same number, also where it needs fewer.
 template <class T>
-__device__ T to_value(uint32_t bit) {
-  return from_float<T>(bit ? 1.0f : -1.0f);
-}
+class TilePieces {
+ public:
+  __device__ TilePieces(int64_t array_begin, const Rows& rows, const Divisor& row_pieces)
+      : rows_(rows), row_pieces_(row_pieces), first_(array_begin + rows.first) {}
 
-constexpr int kThreads = 256;
-
-// kNHWC, packing: a thread makes one piece, the packed bytes of at least 16 bytes of values.
-template <class T>
-using Piece = std::conditional_t<sizeof(T) == 1, uint16_t, uint8_t>;
-
-template <int kWidth, class T>
-__global__ void __launch_bounds__(kThreads)
-    pack_nhwc(Image image, const T* x, Threshold threshold, Piece<T>* packed) {
-  constexpr int kPieceBits = 8 * sizeof(Piece<T>);
-  const int32_t pixel_pieces = image.chunks * (kChunkBytes / sizeof(Piece<T>));
-  for (int64_t i = grid_index(); i < image.pixels * pixel_pieces; i += grid_step()) {
-    const int64_t pixel = i / pixel_pieces;
-    const int32_t first = static_cast<int32_t>(i - pixel * pixel_pieces) * kPieceBits;
-    const T* values = x + pixel * image.channels;
-    uint32_t bits = 0;
-#pragma unroll
-    for (int k = 0; k < kPieceBits; k += kWidth) {
-      const int32_t channel = first + k;
-      if (channel >= image.channels) continue;
-      const Vector<T, kWidth> vector = load_vector<kWidth>(values + channel);
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        bits |= to_bit(to_float(vector.values[j]), threshold, channel + j) << (k + j);
-      }
-    }
-    packed[i] = static_cast<Piece<T>>(bits);
+  // Up to the last one that the last row needs.
+  __device__ uint32_t count() const {
+    const uint32_t row = rows_.count - 1;
+    return row * row_pieces_.value + ceil_div<uint32_t>(lead(row) + rows_.values, kPieceValues<T>);
   }
-}
 
-// kNHWC, unpacking: a thread makes one vector of values.
-template <int kWidth, class T>
-__global__ void __launch_bounds__(kThreads) unpack_nhwc(Image image, const uint8_t* packed, T* x) {
-  const int32_t pixel_vectors = image.channels / kWidth;
-  for (int64_t i = grid_index(); i < image.pixels * pixel_vectors; i += grid_step()) {
-    const int64_t pixel = i / pixel_vectors;
-    const int32_t channel = static_cast<int32_t>(i - pixel * pixel_vectors) * kWidth;
-    const uint8_t* bytes = packed + pixel * image.chunks * kChunkBytes;
-    Vector<T, kWidth> vector;
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-      vector.values[j] = to_value<T>(bytes[(channel + j) / 8] >> ((channel + j) % 8) & 1);
-    }
-    store_vector(x + i * kWidth, vector);
+  __device__ Slot operator[](uint32_t index) const {
+    const auto [row, piece] = row_pieces_.divide(index);
+    const int32_t first = static_cast<int32_t>(piece * kPieceValues<T> - lead(row));
+    return {row, first, first_ + row * rows_.stride + first};
   }
-}
 
-// kNCHW: a block works on tiles of one chunk of 32 pixels. Lanes run along the pixels, which are
-// neighbours in a plane of values, and each of the four warps has one word of the chunk.
-constexpr int kTilePixels = kWarpSize;
-constexpr int kTileThreads = kTilePixels * kChunkWords;
-constexpr int kWordBits = 32;
+  // Positions of all pieces together.
+  __device__ int64_t begin() const { return first_ - lead(0); }
+  __device__ int64_t end() const {
+    const int64_t row_end = first_ + (rows_.count - 1) * rows_.stride + rows_.values;
+    return (row_end + kPieceValues<T> - 1) & -int64_t{kPieceValues<T>};
+  }
 
-__host__ __device__ int64_t tiles_of(const Image& image) {
-  return ceil_div<int64_t>(image.pixels, kTilePixels) * image.chunks;
-}
+  // Which of the values in the pieces a row starts with.
+  __device__ uint32_t row_start(uint32_t row) const {
+    return row * row_pieces_.value * kPieceValues<T> + lead(row);
+  }
 
-struct Tile {
-  int64_t first_pixel;
-  int32_t chunk;
+ private:
+  // Values in the row's first piece that are in front of the row.
+  __device__ uint32_t lead(uint32_t row) const {
+    return static_cast<uint32_t>(first_ + row * rows_.stride) % kPieceValues<T>;
+  }
+
+  const Rows& rows_;
+  const Divisor& row_pieces_;
+  int64_t first_;  // Position of the first row.
 };
 
-__device__ Tile tile_at(const Image& image, int64_t index) {
-  const int64_t pixels = index / image.chunks;
-  return {pixels * kTilePixels, static_cast<int32_t>(index - pixels * image.chunks)};
-}
-
-// Word `word` of a pixel's chunk, in a packed image of 32-bit words.
-__device__ int64_t word_index(const Image& image, int64_t pixel, int32_t chunk, int word) {
-  return (pixel * image.chunks + chunk) * kChunkWords + word;
-}
-
-// The values of one pixel in up to 32 channels, one to a plane.
-struct Column {
-  int64_t index;    // Of the first value.
-  int32_t channel;  // Of the first value.
-  int32_t count;    // 0 beyond the last pixel or channel.
-};
-
-__device__ Column column_at(const Image& image, int64_t pixel, int32_t chunk, int word) {
-  const int32_t channel = (chunk * kChunkWords + word) * kWordBits;
-  if (pixel >= image.pixels || channel >= image.channels) return {};
-  const int64_t batch = pixel / image.plane_pixels;
-  const int64_t in_plane = pixel - batch * image.plane_pixels;
-  return {(batch * image.channels + channel) * image.plane_pixels + in_plane, channel,
-          min(image.channels - channel, kWordBits)};
-}
-
-template <class T>
-__device__ uint32_t pack_column(const Image& image, const Column& column, const T* x,
-                                const Threshold& threshold) {
-  const T* values = x + column.index;
-  const auto bit = [&](int k) {
-    return to_bit(to_float(values[k * image.plane_pixels]), threshold, column.channel + k) << k;
-  };
+// The bits x >= threshold. Types of fewer than 32 bits are compared as they are, several at once:
+// for them it is x >= the threshold rounded up.
+__device__ uint32_t pack_piece(const Piece<float>& piece, float threshold) {
   uint32_t bits = 0;
-  if (column.count == kWordBits) {  // Unrolled, so that all loads are in flight at once.
 #pragma unroll
-    for (int k = 0; k < kWordBits; ++k) bits |= bit(k);
-  } else {
-    for (int k = 0; k < column.count; ++k) bits |= bit(k);
+  for (int i = 0; i < kPieceValues<float>; ++i) {
+    if (piece[i] >= threshold) bits |= 1u << i;
+  }
+  return bits;
+}
+
+template <class Pair, class T>
+__device__ uint32_t pack_pairs(const Piece<T>& piece, const Pair& threshold) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < piece.kWords; ++i) {
+    const Pair& pair = reinterpret_cast<const Pair&>(piece.words[i]);
+    bits |= __hge2_mask(pair, threshold) & 0x20001u << 2 * i;
+  }
+  return bits | bits >> 16;
+}
+
+__device__ uint32_t pack_piece(const Piece<__half>& piece, float threshold) {
+  return pack_pairs(piece, __half2half2(__float2half_ru(threshold)));
+}
+
+__device__ uint32_t pack_piece(const Piece<__nv_bfloat16>& piece, float threshold) {
+  return pack_pairs(piece, __bfloat162bfloat162(__float2bfloat16_ru(threshold)));
+}
+
+// With u = x + 128, x >= t where u + (127 - t) + 1 carries out of its byte.
+__device__ uint32_t pack_piece(const Piece<int8_t>& piece, float threshold) {
+  constexpr uint32_t kEach = 0x01010101, kLow = 0x7f * kEach, kHigh = 0x80 * kEach;
+  constexpr uint32_t kGather = 1 | 1 << 7 | 1 << 14 | 1 << 21;  // The high bits to the top.
+  if (!(threshold <= 127.0f)) return 0;
+  const uint32_t addend = (127 - static_cast<int32_t>(ceilf(fmaxf(threshold, -128.0f)))) * kEach;
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = piece.kWords - 1; i >= 0; --i) {
+    const uint32_t u = piece.words[i] ^ kHigh;
+    const uint32_t sum = (u & kLow) + ((addend & kLow) + kEach);
+    const uint32_t carry = (u & addend) | ((u | addend) & sum);
+    bits = bits << 4 | (carry & kHigh) * kGather >> 28;
+  }
+  return bits;
+}
+
+// The same with a threshold for each channel: value `first` has channel `channel`.
+template <class T>
+__device__ uint32_t pack_piece(const Piece<T>& piece, const float* thresholds, uint32_t channels,
+                               int32_t first, uint32_t channel) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kPieceValues<T>; ++i) {
+    if (to_float(piece[i]) >= thresholds[channel]) bits |= 1u << i;
+    if (i >= first && ++channel == channels) channel = 0;
+  }
+  return bits;
+}
+
+// With zeros where it is outside the array.
+template <class T>
+__device__ Piece<T> load_partly(const Array<const T>& x, int64_t position) {
+  Piece<T> piece = {};
+  for (int i = 0; i < kPieceValues<T>; ++i) {
+    const int64_t at = position + i;
+    if (at >= x.begin && at < x.end) piece[i] = x.memory[at];
+  }
+  return piece;
+}
+
+// Makes bits[i] of piece i, with pack(piece, slot).
+template <class T, class Pack>
+__device__ void pack_pieces(const Array<const T>& x, const TilePieces<T>& pieces,
+                            int32_t row_values, PieceBits<T>* bits, const Pack& pack) {
+  constexpr int kBatch = 64 / sizeof(Piece<T>);  // Loads in flight.
+  // Only the first and the last piece may reach beyond the array.
+  const uint32_t count = pieces.count();
+  const uint32_t first = pieces.begin() < x.begin ? 1 : 0;
+  const uint32_t end = pieces.end() > x.end ? count - 1 : count;
+  for (uint32_t i = threadIdx.x; i < end; i += kBatch * kThreads) {
+    Slot slots[kBatch];
+    Piece<T> batch[kBatch];
+    bool is_used[kBatch];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const uint32_t index = i + k * kThreads;
+      slots[k] = pieces[index];
+      is_used[k] = index >= first && index < end && slots[k].first < row_values;
+      if (is_used[k]) batch[k] = *reinterpret_cast<const Piece<T>*>(x.memory + slots[k].position);
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      if (is_used[k]) bits[i + k * kThreads] = static_cast<PieceBits<T>>(pack(batch[k], slots[k]));
+    }
+  }
+  if (threadIdx.x > 0) return;
+  for (uint32_t i : {0u, count - 1}) {
+    if (i >= first && i < end) continue;
+    bits[i] = static_cast<PieceBits<T>>(pack(load_partly(x, pieces[i].position), pieces[i]));
+  }
+}
+
+// 32 bits from bit `first` on. The word behind them is read, too.
+__device__ uint32_t bits_at(const uint32_t* words, uint32_t first) {
+  const uint32_t* word = words + first / kWordBits;
+  return __funnelshift_r(word[0], word[1], first % kWordBits);
+}
+
+__device__ uint32_t low_bits(int32_t count) {
+  if (count <= 0) return 0;
+  return count < kWordBits ? (1u << count) - 1 : ~0u;
+}
+
+template <bool kPerChannel, class T>
+__global__ void __launch_bounds__(kThreads, kPerChannel ? 8 : 10)
+    pack_nhwc(NhwcTiles tiles, Array<const T> x, Divisor row_pieces, Threshold threshold,
+              Chunk* packed) {
+  constexpr int kMargin = kWordBits + kChunkBits;  // For the lead and for chunks of few channels.
+  __shared__ uint32_t words[(NhwcTiles::kMaxValues + kMargin) / kWordBits];
+  for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
+    const NhwcTiles::Tile tile = tiles.at(i);
+    const TilePieces<T> pieces(x.begin, tile.rows, row_pieces);
+    pack_pieces(x, pieces, tile.rows.values, reinterpret_cast<PieceBits<T>*>(words),
+                [&](const Piece<T>& piece, const Slot& slot) {
+                  if constexpr (!kPerChannel) return pack_piece(piece, threshold.value);
+                  const uint32_t channel = tiles.value_at(tile, max(slot.first, 0)).channel;
+                  return pack_piece(piece, threshold.per_channel, tiles.channels(), -slot.first,
+                                    channel);
+                });
+    __syncthreads();
+    for (int32_t k = threadIdx.x; k < tile.chunks; k += kThreads) {
+      const NhwcTiles::Chunk at = tiles.chunk_at(tile, k);
+      Chunk chunk;
+#pragma unroll
+      for (int j = 0; j < kChunkWords; ++j) {
+        chunk.values[j] = bits_at(words, pieces.row_start(0) + at.first_value + j * kWordBits) &
+                          low_bits(at.channels - j * kWordBits);
+      }
+      packed[tile.first_chunk + k] = chunk;
+    }
+    __syncthreads();
+  }
+}
+
+// Bit j of lane i becomes bit i of lane j.
+__device__ uint32_t transpose(uint32_t word) {
+  const int lane = threadIdx.x % kWarpSize;
+  uint32_t low = 0x0000ffff;
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2, low ^= low << distance) {
+    const bool is_upper = lane & distance;
+    const uint32_t kept = is_upper ? ~low : low;
+    const uint32_t other = __shfl_xor_sync(kWholeWarp, word, distance);
+    const uint32_t turned = __funnelshift_r(other, other, is_upper ? distance : -distance);
+    word = (word & kept) | (turned & ~kept);
+  }
+  return word;
+}
+
+template <bool kPerChannel, class T>
+__global__ void __launch_bounds__(kThreads, 8)
+    pack_nchw(NchwTiles tiles, Array<const T> x, Divisor row_pieces, Threshold threshold,
+              Chunk* packed) {
+  constexpr int kRowBits = NchwTiles::kMaxPixels + kWordBits;
+  __shared__ uint32_t words[kChunkBits * kRowBits / kWordBits];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
+    const NchwTiles::Tile tile = tiles.at(i);
+    const TilePieces<T> pieces(x.begin, tile.rows, row_pieces);
+    pack_pieces(x, pieces, tile.rows.values, reinterpret_cast<PieceBits<T>*>(words),
+                [&](const Piece<T>& piece, const Slot& slot) {
+                  if constexpr (!kPerChannel) return pack_piece(piece, threshold.value);
+                  const int64_t channel = tile.chunk * kChunkBits + slot.row;
+                  return pack_piece(piece, threshold.per_channel[channel]);
+                });
+    __syncthreads();
+    for (int first = warp * kWarpSize; first < tile.rows.values; first += kThreads) {
+      Chunk chunk;
+#pragma unroll
+      for (int j = 0; j < kChunkWords; ++j) {
+        const int row = j * kWordBits + lane;
+        const bool is_channel = row < tile.rows.count;
+        chunk.values[j] = transpose(is_channel ? bits_at(words, pieces.row_start(row) + first) : 0);
+      }
+      const int pixel = first + lane;
+      if (pixel < tile.rows.values) packed[tiles.chunk_index(tile, pixel)] = chunk;
+    }
+    __syncthreads();
+  }
+}
+
+// The pattern of 1.0, and what differs in -1.0.
+template <class T>
+constexpr uint32_t kOne = 0x3f800000;
+template <>
+constexpr uint32_t kOne<__half> = 0x3c00;
+template <>
+constexpr uint32_t kOne<__nv_bfloat16> = 0x3f80;
+template <>
+constexpr uint32_t kOne<int8_t> = 0x01;
+template <class T>
+constexpr uint32_t kSign = sizeof(T) == 1 ? 0xfe : 1u << (8 * sizeof(T) - 1);
+
+// The low bits as +1 and -1.
+template <class T>
+__device__ Piece<T> unpack_piece(uint32_t bits) {
+  constexpr int kWordValues = sizeof(uint32_t) / sizeof(T);
+  constexpr uint32_t kEach = kWordValues == 1 ? 1 : kWordValues == 2 ? 0x00010001 : 0x01010101;
+  constexpr uint32_t kSpread = kWordValues == 1 ? 1 : kWordValues == 2 ? 0x00008001 : 0x00204081;
+  Piece<T> piece;
+#pragma unroll
+  for (int i = 0; i < piece.kWords; ++i) {
+    const uint32_t negative = ~bits >> i * kWordValues & ((1u << kWordValues) - 1);
+    piece.words[i] = kOne<T> * kEach ^ (negative * kSpread & kEach) * kSign<T>;
+  }
+  return piece;
+}
+
+// Values `low` to `high` of the piece.
+template <class T>
+__device__ void store_piece(const Array<T>& x, int64_t position, const Piece<T>& piece, int low,
+                            int high) {
+  T* const to = x.memory + position;
+  if (high - low == kPieceValues<T>) {
+#pragma unroll
+    for (int i = 0; i < piece.kWords; i += 4) {
+      const uint32_t* const words = piece.words + i;
+      // A plain assignment may become a store of every word.
+      __stwb(reinterpret_cast<uint4*>(to) + i / 4, uint4{words[0], words[1], words[2], words[3]});
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kPieceValues<T>; ++i) {
+    if (i >= low && i < high) to[i] = piece[i];
+  }
+}
+
+// Makes values `low` to `high` of every piece, with those bits of bits(slot, low, high).
+template <class T, class Bits>
+__device__ void unpack_pieces(const Array<T>& x, const TilePieces<T>& pieces, int32_t row_values,
+                              const Bits& bits) {
+  for (uint32_t i = threadIdx.x; i < pieces.count(); i += kThreads) {
+    const Slot slot = pieces[i];
+    const int low = max(-slot.first, 0), high = min(row_values - slot.first, kPieceValues<T>);
+    if (low >= high) continue;
+    store_piece(x, slot.position, unpack_piece<T>(bits(slot, low, high)), low, high);
+  }
+}
+
+// The bits of `count` values, which may be in several pixels; other bits follow.
+__device__ uint32_t gather_bits(const NhwcTiles& tiles, const NhwcTiles::Tile& tile,
+                                const uint32_t* words, int32_t value, int32_t count) {
+  const NhwcTiles::Value first = tiles.value_at(tile, value);
+  uint32_t bits = bits_at(words, first.bit);
+  uint32_t next = first.bit;
+  for (int32_t n = tiles.channels() - first.channel; n < count; n += tiles.channels()) {
+    next += tiles.padding();
+    bits = (bits & ((1u << n) - 1)) | bits_at(words, next + n) << n;
   }
   return bits;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kTileThreads)
-    pack_nchw(Image image, const T* x, Threshold threshold, uint32_t* packed) {
-  // Words are made along pixels and stored along chunks: four threads store the 16 bytes of a
-  // pixel.
-  __shared__ uint32_t words[kTilePixels][kChunkWords];
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int row = threadIdx.x / kChunkWords, word = threadIdx.x % kChunkWords;
-  const int64_t tiles = tiles_of(image);
-  for (int64_t i = blockIdx.x; i < tiles; i += gridDim.x) {
-    const Tile tile = tile_at(image, i);
-    const Column column = column_at(image, tile.first_pixel + lane, tile.chunk, warp);
-    words[lane][warp] = pack_column(image, column, x, threshold);
+__global__ void __launch_bounds__(kThreads)
+    unpack_nhwc(NhwcTiles tiles, const Chunk* packed, Array<T> x, Divisor row_pieces) {
+  alignas(Chunk) __shared__ uint32_t words[NhwcTiles::kMaxChunks * kChunkWords + 1];
+  for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
+    const NhwcTiles::Tile tile = tiles.at(i);
+    for (int32_t k = threadIdx.x; k < tile.chunks; k += kThreads) {
+      store_vector(words + k * kChunkWords, packed[tile.first_chunk + k]);
+    }
     __syncthreads();
-    const int64_t pixel = tile.first_pixel + row;
-    if (pixel < image.pixels) packed[word_index(image, pixel, tile.chunk, word)] = words[row][word];
+    unpack_pieces(x, TilePieces<T>(x.begin, tile.rows, row_pieces), tile.rows.values,
+                  [&](const Slot& slot, int low, int high) {
+                    return gather_bits(tiles, tile, words, slot.first + low, high - low) << low;
+                  });
     __syncthreads();
   }
 }
 
 template <class T>
-__global__ void __launch_bounds__(kTileThreads)
-    unpack_nchw(Image image, const uint32_t* packed, T* x) {
+__global__ void __launch_bounds__(kThreads)
+    unpack_nchw(NchwTiles tiles, const Chunk* packed, Array<T> x, Divisor row_pieces) {
+  // A row has one word more, so that rows start at different banks; of the row in front of the
+  // first, where pieces begin, there is that word alone.
+  constexpr int kRowWords = NchwTiles::kMaxPixels / kWordBits + 1;
+  __shared__ uint32_t words[1 + kChunkBits * kRowWords];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int64_t tiles = tiles_of(image);
-  for (int64_t i = blockIdx.x; i < tiles; i += gridDim.x) {
-    const Tile tile = tile_at(image, i);
-    const int64_t pixel = tile.first_pixel + lane;
-    const Column column = column_at(image, pixel, tile.chunk, warp);
-    if (column.count == 0) continue;
-    const uint32_t bits = packed[word_index(image, pixel, tile.chunk, warp)];
-    for (int k = 0; k < column.count; ++k) {
-      x[column.index + k * image.plane_pixels] = to_value<T>(bits >> k & 1);
+  for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
+    const NchwTiles::Tile tile = tiles.at(i);
+    for (int first = warp * kWarpSize; first < tile.rows.values; first += kThreads) {
+      const int pixel = first + lane;
+      Chunk chunk = {};
+      if (pixel < tile.rows.values) chunk = packed[tiles.chunk_index(tile, pixel)];
+#pragma unroll
+      for (int j = 0; j < kChunkWords; ++j) {
+        const int row = j * kWordBits + lane;
+        words[1 + row * kRowWords + first / kWordBits] = transpose(chunk.values[j]);
+      }
     }
+    __syncthreads();
+    unpack_pieces(x, TilePieces<T>(x.begin, tile.rows, row_pieces), tile.rows.values,
+                  [&](const Slot& slot, int, int) {
+                    return bits_at(words, (1 + slot.row * kRowWords) * kWordBits + slot.first);
+                  });
+    __syncthreads();
   }
+}
+
+int64_t value_count(const ImageShape& shape) {
+  return shape.batch * shape.channels * shape.height * shape.width;
+}
+
+// How many pieces a row may need: it may start with the last value of one.
+template <class T, class Tiles>
+Divisor row_pieces_of(const Tiles& tiles) {
+  constexpr int64_t kMaxLead = kPieceValues<T> - 1;
+  return Divisor(ceil_div<uint32_t>(kMaxLead + tiles.max_row_values(), kPieceValues<T>));
 }
 
 }  // namespace
 
 void pack_bits(const ImageShape& shape, const void* x, DataType type, Layout layout,
                const Threshold& threshold, uint8_t* packed, const Queue& queue) {
-  const Image image = image_of(shape);
+  const int processors = multiprocessors(queue.device());
   dispatch_value_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    const T* values = static_cast<const T*>(x);
-    if (layout == Layout::kNCHW) {
-      return launch("pack_bits", queue, tiles_of(image), kTileThreads, pack_nchw<T>, image, values,
-                    threshold, reinterpret_cast<uint32_t*>(packed));
-    }
-    const int64_t pieces = image.pixels * image.chunks * (kChunkBytes / sizeof(Piece<T>));
-    dispatch_bool(has_vector_pixels(shape, values), [&](auto vectors) {
-      constexpr int kWidth = vectors ? kVectorWidth<T> : 1;
-      launch("pack_bits", queue, ceil_div<int64_t>(pieces, kThreads), kThreads,
-             pack_nhwc<kWidth, T>, image, values, threshold, reinterpret_cast<Piece<T>*>(packed));
+    const Array<const T> values(static_cast<const T*>(x), value_count(shape));
+    const auto run = [&](const auto& tiles, const auto& kernel) {
+      launch("pack_bits", queue, tiles.count(), kThreads, kernel, tiles, values,
+             row_pieces_of<T>(tiles), threshold, reinterpret_cast<Chunk*>(packed));
+    };
+    dispatch_bool(threshold.per_channel != nullptr, [&](auto per_channel) {
+      layout == Layout::kNCHW ? run(NchwTiles(shape, processors), pack_nchw<per_channel, T>)
+                              : run(NhwcTiles(shape, processors), pack_nhwc<per_channel, T>);
     });
   });
 }
 
 void unpack_bits(const ImageShape& shape, const uint8_t* packed, void* x, DataType type,
                  Layout layout, const Queue& queue) {
-  const Image image = image_of(shape);
+  const int processors = multiprocessors(queue.device());
   dispatch_value_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    T* values = static_cast<T*>(x);
-    if (layout == Layout::kNCHW) {
-      return launch("unpack_bits", queue, tiles_of(image), kTileThreads, unpack_nchw<T>, image,
-                    reinterpret_cast<const uint32_t*>(packed), values);
-    }
-    dispatch_bool(has_vector_pixels(shape, values), [&](auto vectors) {
-      constexpr int kWidth = vectors ? kVectorWidth<T> : 1;
-      launch("unpack_bits", queue,
-             ceil_div<int64_t>(image.pixels * (image.channels / kWidth), kThreads), kThreads,
-             unpack_nhwc<kWidth, T>, image, packed, values);
-    });
+    const Array<T> values(static_cast<T*>(x), value_count(shape));
+    const auto run = [&](const auto& tiles, const auto& kernel) {
+      launch("unpack_bits", queue, tiles.count(), kThreads, kernel, tiles,
+             reinterpret_cast<const Chunk*>(packed), values, row_pieces_of<T>(tiles));
+    };
+    if (layout == Layout::kNCHW) return run(NchwTiles(shape, processors), unpack_nchw<T>);
+    run(NhwcTiles(shape, processors), unpack_nhwc<T>);
   });
 }
 

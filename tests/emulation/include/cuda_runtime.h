@@ -57,6 +57,8 @@ inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 
+inline void __stwb(uint4* to, const uint4& value) { *to = value; }
+
 inline size_t __cvta_generic_to_shared(const void* pointer) {
   return binconv::emulation::shared_address(pointer);
 }
