@@ -94,19 +94,26 @@ class TilePieces {
   int64_t first_;  // Position of the first row.
 };
 
-// The bits x >= threshold. Types of fewer than 32 bits are compared as they are, several at once:
-// for them it is x >= the threshold rounded up.
-__device__ uint32_t pack_piece(const Piece<float>& piece, float threshold) {
-  uint32_t bits = 0;
+// The bits x >= threshold. Types of fewer than 32 bits compare as they are, several at once: for
+// them it is x >= the threshold rounded up.
+template <class T>
+struct Comparison {
+  __device__ explicit Comparison(float threshold) : threshold(threshold) {}
+
+  __device__ uint32_t operator()(const Piece<T>& piece) const {
+    uint32_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < kPieceValues<float>; ++i) {
-    if (piece[i] >= threshold) bits |= 1u << i;
+    for (int i = 0; i < kPieceValues<T>; ++i) {
+      if (piece[i] >= threshold) bits |= 1u << i;
+    }
+    return bits;
   }
-  return bits;
-}
+
+  float threshold;
+};
 
 template <class Pair, class T>
-__device__ uint32_t pack_pairs(const Piece<T>& piece, const Pair& threshold) {
+__device__ uint32_t compare_pairs(const Piece<T>& piece, const Pair& threshold) {
   uint32_t bits = 0;
 #pragma unroll
   for (int i = 0; i < piece.kWords; ++i) {
@@ -116,35 +123,61 @@ __device__ uint32_t pack_pairs(const Piece<T>& piece, const Pair& threshold) {
   return bits | bits >> 16;
 }
 
-__device__ uint32_t pack_piece(const Piece<__half>& piece, float threshold) {
-  return pack_pairs(piece, __half2half2(__float2half_ru(threshold)));
-}
+template <>
+struct Comparison<__half> {
+  __device__ explicit Comparison(float threshold)
+      : threshold(__half2half2(__float2half_ru(threshold))) {}
 
-__device__ uint32_t pack_piece(const Piece<__nv_bfloat16>& piece, float threshold) {
-  return pack_pairs(piece, __bfloat162bfloat162(__float2bfloat16_ru(threshold)));
-}
-
-// With u = x + 128, x >= t where u + (127 - t) + 1 carries out of its byte.
-__device__ uint32_t pack_piece(const Piece<int8_t>& piece, float threshold) {
-  constexpr uint32_t kEach = 0x01010101, kLow = 0x7f * kEach, kHigh = 0x80 * kEach;
-  constexpr uint32_t kGather = 1 | 1 << 7 | 1 << 14 | 1 << 21;  // The high bits to the top.
-  if (!(threshold <= 127.0f)) return 0;
-  const uint32_t addend = (127 - static_cast<int32_t>(ceilf(fmaxf(threshold, -128.0f)))) * kEach;
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = piece.kWords - 1; i >= 0; --i) {
-    const uint32_t u = piece.words[i] ^ kHigh;
-    const uint32_t sum = (u & kLow) + ((addend & kLow) + kEach);
-    const uint32_t carry = (u & addend) | ((u | addend) & sum);
-    bits = bits << 4 | (carry & kHigh) * kGather >> 28;
+  __device__ uint32_t operator()(const Piece<__half>& piece) const {
+    return compare_pairs(piece, threshold);
   }
-  return bits;
-}
+
+  __half2 threshold;
+};
+
+template <>
+struct Comparison<__nv_bfloat16> {
+  __device__ explicit Comparison(float threshold)
+      : threshold(__bfloat162bfloat162(__float2bfloat16_ru(threshold))) {}
+
+  __device__ uint32_t operator()(const Piece<__nv_bfloat16>& piece) const {
+    return compare_pairs(piece, threshold);
+  }
+
+  __nv_bfloat162 threshold;
+};
+
+// Byte by byte: x < t where (x + 128) - (t + 128) borrows, which the high bits decide with the
+// borrow from those below. The high bit of x + 128 is that of ~x.
+template <>
+struct Comparison<int8_t> {
+  static constexpr uint32_t kEach = 0x01010101, kLow = 0x7f * kEach;
+  static constexpr uint32_t kGather = 1 | 1 << 7 | 1 << 14 | 1 << 21;  // High bits to the top.
+
+  __device__ explicit Comparison(float threshold)
+      : limit((128 + static_cast<int32_t>(ceilf(fminf(fmaxf(threshold, -128.0f), 127.0f)))) *
+              kEach),
+        low_limit((limit & kLow) + kLow),
+        results(threshold <= 127.0f ? 0x80 * kEach : 0) {}
+
+  __device__ uint32_t operator()(const Piece<int8_t>& piece) const {
+    uint32_t bits = 0;
+#pragma unroll
+    for (int i = piece.kWords - 1; i >= 0; --i) {
+      const uint32_t x = piece.words[i], low_borrow = low_limit - (x & kLow);
+      const uint32_t borrow = (x & limit) | ((x | limit) & low_borrow);
+      bits = bits << 4 | (~borrow & results) * kGather >> 28;
+    }
+    return bits;
+  }
+
+  uint32_t limit, low_limit, results;
+};
 
 // The same with a threshold for each channel: value `first` has channel `channel`.
 template <class T>
-__device__ uint32_t pack_piece(const Piece<T>& piece, const float* thresholds, uint32_t channels,
-                               int32_t first, uint32_t channel) {
+__device__ uint32_t compare_channels(const Piece<T>& piece, const float* thresholds,
+                                     uint32_t channels, int32_t first, uint32_t channel) {
   uint32_t bits = 0;
 #pragma unroll
   for (int i = 0; i < kPieceValues<T>; ++i) {
@@ -214,15 +247,16 @@ __global__ void __launch_bounds__(kThreads, kPerChannel ? 8 : 10)
               Chunk* packed) {
   constexpr int kMargin = kWordBits + kChunkBits;  // For the lead and for chunks of few channels.
   __shared__ uint32_t words[(NhwcTiles::kMaxValues + kMargin) / kWordBits];
+  const Comparison<T> compare(threshold.value);
   for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
     const NhwcTiles::Tile tile = tiles.at(i);
     const TilePieces<T> pieces(x.begin, tile.rows, row_pieces);
     pack_pieces(x, pieces, tile.rows.values, reinterpret_cast<PieceBits<T>*>(words),
                 [&](const Piece<T>& piece, const Slot& slot) {
-                  if constexpr (!kPerChannel) return pack_piece(piece, threshold.value);
+                  if constexpr (!kPerChannel) return compare(piece);
                   const uint32_t channel = tiles.value_at(tile, max(slot.first, 0)).channel;
-                  return pack_piece(piece, threshold.per_channel, tiles.channels(), -slot.first,
-                                    channel);
+                  return compare_channels(piece, threshold.per_channel, tiles.channels(),
+                                          -slot.first, channel);
                 });
     __syncthreads();
     for (int32_t k = threadIdx.x; k < tile.chunks; k += kThreads) {
@@ -260,21 +294,23 @@ __global__ void __launch_bounds__(kThreads, 8)
               Chunk* packed) {
   constexpr int kRowBits = NchwTiles::kMaxPixels + kWordBits;
   __shared__ uint32_t words[kChunkBits * kRowBits / kWordBits];
+  const Comparison<T> compare(threshold.value);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
     const NchwTiles::Tile tile = tiles.at(i);
     const TilePieces<T> pieces(x.begin, tile.rows, row_pieces);
     pack_pieces(x, pieces, tile.rows.values, reinterpret_cast<PieceBits<T>*>(words),
                 [&](const Piece<T>& piece, const Slot& slot) {
-                  if constexpr (!kPerChannel) return pack_piece(piece, threshold.value);
+                  if constexpr (!kPerChannel) return compare(piece);
                   const int64_t channel = tile.chunk * kChunkBits + slot.row;
-                  return pack_piece(piece, threshold.per_channel[channel]);
+                  return Comparison<T>(threshold.per_channel[channel])(piece);
                 });
     __syncthreads();
     for (int first = warp * kWarpSize; first < tile.rows.values; first += kThreads) {
-      Chunk chunk;
+      Chunk chunk = {};
 #pragma unroll
       for (int j = 0; j < kChunkWords; ++j) {
+        if (j * kWordBits >= tile.rows.count) break;
         const int row = j * kWordBits + lane;
         const bool is_channel = row < tile.rows.count;
         chunk.values[j] = transpose(is_channel ? bits_at(words, pieces.row_start(row) + first) : 0);
