@@ -12,6 +12,7 @@ namespace binconv::cuda {
 namespace {
 
 constexpr int kThreads = 128;
+constexpr int kPackingBlocks = 8;  // On a multiprocessor, each with 8 KiB of loads in flight.
 
 using Chunk = Vector<uint32_t, kChunkWords>;
 
@@ -174,15 +175,33 @@ struct Comparison<int8_t> {
   uint32_t limit, low_limit, results;
 };
 
-// The same with a threshold for each channel: value `first` has channel `channel`.
+// The thresholds of a piece whose value `first` has channel `channel`.
+template <int kValues>
+__device__ void load_thresholds(const float* thresholds, uint32_t channels, int32_t first,
+                                uint32_t channel, float (&of_values)[kValues]) {
+  const bool are_neighbours = first <= 0 && channels % kValues == 0 && channel % kValues == 0;
+  if (are_neighbours && is_vector_aligned(thresholds)) {
+#pragma unroll
+    for (int i = 0; i < kValues; i += 4) {
+      const auto four = load_vector<4>(thresholds + channel + i);
+      for (int j = 0; j < 4; ++j) of_values[i + j] = four.values[j];
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    of_values[i] = thresholds[channel];
+    if (i >= first && ++channel == channels) channel = 0;
+  }
+}
+
 template <class T>
-__device__ uint32_t compare_channels(const Piece<T>& piece, const float* thresholds,
-                                     uint32_t channels, int32_t first, uint32_t channel) {
+__device__ uint32_t compare_each(const Piece<T>& piece,
+                                 const float (&thresholds)[kPieceValues<T>]) {
   uint32_t bits = 0;
 #pragma unroll
   for (int i = 0; i < kPieceValues<T>; ++i) {
-    if (to_float(piece[i]) >= thresholds[channel]) bits |= 1u << i;
-    if (i >= first && ++channel == channels) channel = 0;
+    if (to_float(piece[i]) >= thresholds[i]) bits |= 1u << i;
   }
   return bits;
 }
@@ -202,7 +221,7 @@ __device__ Piece<T> load_partly(const Array<const T>& x, int64_t position) {
 template <class T, class Pack>
 __device__ void pack_pieces(const Array<const T>& x, const TilePieces<T>& pieces,
                             int32_t row_values, PieceBits<T>* bits, const Pack& pack) {
-  constexpr int kBatch = 64 / sizeof(Piece<T>);  // Loads in flight.
+  constexpr int kBatch = 64 / sizeof(Piece<T>);  // With all their loads in flight.
   // Only the first and the last piece may reach beyond the array.
   const uint32_t count = pieces.count();
   const uint32_t first = pieces.begin() < x.begin ? 1 : 0;
@@ -242,7 +261,7 @@ __device__ uint32_t low_bits(int32_t count) {
 }
 
 template <bool kPerChannel, class T>
-__global__ void __launch_bounds__(kThreads, kPerChannel ? 8 : 10)
+__global__ void __launch_bounds__(kThreads, kPackingBlocks)
     pack_nhwc(NhwcTiles tiles, Array<const T> x, Divisor row_pieces, Threshold threshold,
               Chunk* packed) {
   constexpr int kMargin = kWordBits + kChunkBits;  // For the lead and for chunks of few channels.
@@ -254,9 +273,10 @@ __global__ void __launch_bounds__(kThreads, kPerChannel ? 8 : 10)
     pack_pieces(x, pieces, tile.rows.values, reinterpret_cast<PieceBits<T>*>(words),
                 [&](const Piece<T>& piece, const Slot& slot) {
                   if constexpr (!kPerChannel) return compare(piece);
-                  const uint32_t channel = tiles.value_at(tile, max(slot.first, 0)).channel;
-                  return compare_channels(piece, threshold.per_channel, tiles.channels(),
-                                          -slot.first, channel);
+                  float thresholds[kPieceValues<T>];
+                  load_thresholds(threshold.per_channel, tiles.channels(), -slot.first,
+                                  tiles.value_at(tile, max(slot.first, 0)).channel, thresholds);
+                  return compare_each(piece, thresholds);
                 });
     __syncthreads();
     for (int32_t k = threadIdx.x; k < tile.chunks; k += kThreads) {
@@ -289,7 +309,7 @@ __device__ uint32_t transpose(uint32_t word) {
 }
 
 template <bool kPerChannel, class T>
-__global__ void __launch_bounds__(kThreads, 8)
+__global__ void __launch_bounds__(kThreads, kPackingBlocks)
     pack_nchw(NchwTiles tiles, Array<const T> x, Divisor row_pieces, Threshold threshold,
               Chunk* packed) {
   constexpr int kRowBits = NchwTiles::kMaxPixels + kWordBits;
