@@ -35,7 +35,7 @@ ImageShape random_image(Random& random) {
     s.channels = random.pick<int64_t>({1, 2, 3, 8, 17, 64, 96, 128, 130, 256, 1000, 20000});
     if (random.one_in(3)) s.channels = random.between(1, 700);
     s.batch = random.between(1, random.one_in(3) ? 20 : 3);
-    s.height = random.one_in(3) ? random.between(1, 60) : random.pick<int64_t>({1, 4, 7, 14, 28});
+    s.height = random.one_in(3) ? random.between(1, 60) : random.pick<int64_t>({1, 2, 3, 4, 7, 14, 28});
     s.width = random.one_in(3) ? random.between(1, 60) : s.height;
     if (random.one_in(20)) s.width = random.between(300, 3000);
     if (reference::element_count(s) <= kMaxValues) return s;

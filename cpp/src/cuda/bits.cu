@@ -31,34 +31,33 @@ struct alignas(kPieceValues<T> * sizeof(T)) Piece {
   uint32_t words[kWords];  // As values, the compiler would move them one by one.
 };
 
-// An array of values, const or not. Positions in it count from the aligned piece that its first
-// value is in.
+// Whether const or not.
 template <class T>
 struct Array {
-  using Value = std::remove_const_t<T>;
-
   Array(T* values, int64_t count)
-      : begin(reinterpret_cast<uintptr_t>(values) / sizeof(T) % kPieceValues<Value>),
-        end(begin + count),
-        memory(values - begin) {}
+      : values(values),
+        count(count),
+        lead(reinterpret_cast<uintptr_t>(values) / sizeof(T) %
+             kPieceValues<std::remove_const_t<T>>) {}
 
-  int64_t begin, end;
-  T* memory;
+  T* values;
+  int64_t count;
+  uint32_t lead;  // How many values would be in front of the first one in its piece.
 };
 
 // A piece that values of a row are in.
 struct Slot {
   uint32_t row;
-  int32_t first;  // Value of the row that the piece starts with; below 0 in front of the row.
-  int64_t position;
+  int32_t first;   // Value of the row that the piece starts with; below 0 in front of the row.
+  int64_t offset;  // Of the piece in the array; below 0 where it starts in front of it.
 };
 
 // The pieces of a tile, row by row. Every row has the same number, also where it needs fewer.
 template <class T>
 class TilePieces {
  public:
-  __device__ TilePieces(int64_t array_begin, const Rows& rows, const Divisor& row_pieces)
-      : rows_(rows), row_pieces_(row_pieces), first_(array_begin + rows.first) {}
+  __device__ TilePieces(uint32_t array_lead, const Rows& rows, const Divisor& row_pieces)
+      : rows_(rows), row_pieces_(row_pieces), array_lead_(array_lead) {}
 
   // Up to the last one that the last row needs.
   __device__ uint32_t count() const {
@@ -69,15 +68,10 @@ class TilePieces {
   __device__ Slot operator[](uint32_t index) const {
     const auto [row, piece] = row_pieces_.divide(index);
     const int32_t first = static_cast<int32_t>(piece * kPieceValues<T> - lead(row));
-    return {row, first, first_ + row * rows_.stride + first};
+    return {row, first, rows_.first + row * rows_.stride + first};
   }
 
-  // Positions of all pieces together.
-  __device__ int64_t begin() const { return first_ - lead(0); }
-  __device__ int64_t end() const {
-    const int64_t row_end = first_ + (rows_.count - 1) * rows_.stride + rows_.values;
-    return (row_end + kPieceValues<T> - 1) & -int64_t{kPieceValues<T>};
-  }
+  __device__ bool are_shared() const { return rows_.count > 1 && rows_.stride < kPieceValues<T>; }
 
   // Which of the values in the pieces a row starts with.
   __device__ uint32_t row_start(uint32_t row) const {
@@ -87,12 +81,13 @@ class TilePieces {
  private:
   // Values in the row's first piece that are in front of the row.
   __device__ uint32_t lead(uint32_t row) const {
-    return static_cast<uint32_t>(first_ + row * rows_.stride) % kPieceValues<T>;
+    const uint64_t offset = rows_.first + row * rows_.stride;
+    return (array_lead_ + static_cast<uint32_t>(offset)) % kPieceValues<T>;
   }
 
   const Rows& rows_;
   const Divisor& row_pieces_;
-  int64_t first_;  // Position of the first row.
+  uint32_t array_lead_;
 };
 
 // The bits x >= threshold. Types of fewer than 32 bits compare as they are, several at once: for
@@ -206,13 +201,17 @@ __device__ uint32_t compare_each(const Piece<T>& piece,
   return bits;
 }
 
+template <class T>
+__device__ bool is_whole(const Array<const T>& x, int64_t offset) {
+  return offset >= 0 && offset + kPieceValues<T> <= x.count;
+}
+
 // With zeros where it is outside the array.
 template <class T>
-__device__ Piece<T> load_partly(const Array<const T>& x, int64_t position) {
+__device__ Piece<T> load_partly(const Array<const T>& x, int64_t offset) {
   Piece<T> piece = {};
   for (int i = 0; i < kPieceValues<T>; ++i) {
-    const int64_t at = position + i;
-    if (at >= x.begin && at < x.end) piece[i] = x.memory[at];
+    if (offset + i >= 0 && offset + i < x.count) piece[i] = x.values[offset + i];
   }
   return piece;
 }
@@ -222,10 +221,12 @@ template <class T, class Pack>
 __device__ void pack_pieces(const Array<const T>& x, const TilePieces<T>& pieces,
                             int32_t row_values, PieceBits<T>* bits, const Pack& pack) {
   constexpr int kBatch = 64 / sizeof(Piece<T>);  // With all their loads in flight.
-  // Only the first and the last piece may reach beyond the array.
   const uint32_t count = pieces.count();
-  const uint32_t first = pieces.begin() < x.begin ? 1 : 0;
-  const uint32_t end = pieces.end() > x.end ? count - 1 : count;
+  // Of the first and the last tile, these may reach beyond the array: the first and the last piece,
+  // and any where rows share pieces.
+  const bool is_inside = is_whole(x, pieces[0].offset) && is_whole(x, pieces[count - 1].offset);
+  const uint32_t first = is_inside ? 0 : pieces.are_shared() ? count : 1;
+  const uint32_t end = is_inside ? count : count - 1;
   for (uint32_t i = threadIdx.x; i < end; i += kBatch * kThreads) {
     Slot slots[kBatch];
     Piece<T> batch[kBatch];
@@ -235,17 +236,18 @@ __device__ void pack_pieces(const Array<const T>& x, const TilePieces<T>& pieces
       const uint32_t index = i + k * kThreads;
       slots[k] = pieces[index];
       is_used[k] = index >= first && index < end && slots[k].first < row_values;
-      if (is_used[k]) batch[k] = *reinterpret_cast<const Piece<T>*>(x.memory + slots[k].position);
+      if (is_used[k]) batch[k] = *reinterpret_cast<const Piece<T>*>(x.values + slots[k].offset);
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
       if (is_used[k]) bits[i + k * kThreads] = static_cast<PieceBits<T>>(pack(batch[k], slots[k]));
     }
   }
-  if (threadIdx.x > 0) return;
-  for (uint32_t i : {0u, count - 1}) {
-    if (i >= first && i < end) continue;
-    bits[i] = static_cast<PieceBits<T>>(pack(load_partly(x, pieces[i].position), pieces[i]));
+  if (is_inside) return;
+  for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
+    const Slot slot = pieces[i];
+    if ((i >= first && i < end) || slot.first >= row_values) continue;
+    bits[i] = static_cast<PieceBits<T>>(pack(load_partly(x, slot.offset), slot));
   }
 }
 
@@ -269,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, kPackingBlocks)
   const Comparison<T> compare(threshold.value);
   for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
     const NhwcTiles::Tile tile = tiles.at(i);
-    const TilePieces<T> pieces(x.begin, tile.rows, row_pieces);
+    const TilePieces<T> pieces(x.lead, tile.rows, row_pieces);
     pack_pieces(x, pieces, tile.rows.values, reinterpret_cast<PieceBits<T>*>(words),
                 [&](const Piece<T>& piece, const Slot& slot) {
                   if constexpr (!kPerChannel) return compare(piece);
@@ -318,7 +320,7 @@ __global__ void __launch_bounds__(kThreads, kPackingBlocks)
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
     const NchwTiles::Tile tile = tiles.at(i);
-    const TilePieces<T> pieces(x.begin, tile.rows, row_pieces);
+    const TilePieces<T> pieces(x.lead, tile.rows, row_pieces);
     pack_pieces(x, pieces, tile.rows.values, reinterpret_cast<PieceBits<T>*>(words),
                 [&](const Piece<T>& piece, const Slot& slot) {
                   if constexpr (!kPerChannel) return compare(piece);
@@ -371,9 +373,9 @@ __device__ Piece<T> unpack_piece(uint32_t bits) {
 
 // Values `low` to `high` of the piece.
 template <class T>
-__device__ void store_piece(const Array<T>& x, int64_t position, const Piece<T>& piece, int low,
+__device__ void store_piece(const Array<T>& x, int64_t offset, const Piece<T>& piece, int low,
                             int high) {
-  T* const to = x.memory + position;
+  T* const to = x.values + offset;
   if (high - low == kPieceValues<T>) {
 #pragma unroll
     for (int i = 0; i < piece.kWords; i += 4) {
@@ -397,7 +399,7 @@ __device__ void unpack_pieces(const Array<T>& x, const TilePieces<T>& pieces, in
     const Slot slot = pieces[i];
     const int low = max(-slot.first, 0), high = min(row_values - slot.first, kPieceValues<T>);
     if (low >= high) continue;
-    store_piece(x, slot.position, unpack_piece<T>(bits(slot, low, high)), low, high);
+    store_piece(x, slot.offset, unpack_piece<T>(bits(slot, low, high)), low, high);
   }
 }
 
@@ -424,7 +426,7 @@ __global__ void __launch_bounds__(kThreads)
       store_vector(words + k * kChunkWords, packed[tile.first_chunk + k]);
     }
     __syncthreads();
-    unpack_pieces(x, TilePieces<T>(x.begin, tile.rows, row_pieces), tile.rows.values,
+    unpack_pieces(x, TilePieces<T>(x.lead, tile.rows, row_pieces), tile.rows.values,
                   [&](const Slot& slot, int low, int high) {
                     return gather_bits(tiles, tile, words, slot.first + low, high - low) << low;
                   });
@@ -453,7 +455,7 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     __syncthreads();
-    unpack_pieces(x, TilePieces<T>(x.begin, tile.rows, row_pieces), tile.rows.values,
+    unpack_pieces(x, TilePieces<T>(x.lead, tile.rows, row_pieces), tile.rows.values,
                   [&](const Slot& slot, int, int) {
                     return bits_at(words, (1 + slot.row * kRowWords) * kWordBits + slot.first);
                   });
