@@ -35,7 +35,8 @@ ImageShape random_image(Random& random) {
     s.channels = random.pick<int64_t>({1, 2, 3, 8, 17, 64, 96, 128, 130, 256, 1000, 20000});
     if (random.one_in(3)) s.channels = random.between(1, 700);
     s.batch = random.between(1, random.one_in(3) ? 20 : 3);
-    s.height = random.one_in(3) ? random.between(1, 60) : random.pick<int64_t>({1, 2, 3, 4, 7, 14, 28});
+    s.height =
+        random.one_in(3) ? random.between(1, 60) : random.pick<int64_t>({1, 2, 3, 4, 7, 14, 28});
     s.width = random.one_in(3) ? random.between(1, 60) : s.height;
     if (random.one_in(20)) s.width = random.between(300, 3000);
     if (reference::element_count(s) <= kMaxValues) return s;
@@ -52,7 +53,8 @@ float random_number(Random& random, bool is_int8) {
 float random_threshold(Random& random, bool is_int8) {
   if (random.one_in(3)) return random_number(random, is_int8);
   if (random.one_in(4))
-    return random.pick({kNaN, kInfinity, -kInfinity, 1e-45f, -1e-45f, 70000.0f});
+    return random.pick({kNaN, kInfinity, -kInfinity, 1e-45f, -1e-45f, 70000.0f, 127.0f, 127.5f,
+                        128.0f, -127.5f, -128.0f, -128.5f});
   return is_int8 ? random.uniform(-130.0f, 130.0f) : random.uniform(-2.0f, 2.0f);
 }
 
