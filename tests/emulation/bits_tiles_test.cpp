@@ -86,7 +86,7 @@ void check_nhwc(const ImageShape& shape, const NhwcTiles& tiles, int64_t index) 
 void check_nchw(const ImageShape& shape, const NchwTiles& tiles, int64_t index) {
   const int64_t plane = shape.height * shape.width;
   const NchwTiles::Tile tile = tiles.at(index);
-  const Rows& rows = tile.rows;
+  const TileRows& rows = tile.rows;
   const int64_t image = tile.first_pixel / plane, pixel = tile.first_pixel % plane;
   CHECK(tile.chunk < chunks_of(shape));
   CHECK_EQ(rows.first, (image * shape.channels + tile.chunk * kChunkBits) * plane + pixel);

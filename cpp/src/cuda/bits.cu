@@ -56,7 +56,7 @@ struct Slot {
 template <class T>
 class TilePieces {
  public:
-  __device__ TilePieces(uint32_t array_lead, const Rows& rows, const Divisor& row_pieces)
+  __device__ TilePieces(uint32_t array_lead, const TileRows& rows, const Divisor& row_pieces)
       : rows_(rows), row_pieces_(row_pieces), array_lead_(array_lead) {}
 
   // Up to the last one that the last row needs.
@@ -85,7 +85,7 @@ class TilePieces {
     return (array_lead_ + static_cast<uint32_t>(offset)) % kPieceValues<T>;
   }
 
-  const Rows& rows_;
+  const TileRows& rows_;
   const Divisor& row_pieces_;
   uint32_t array_lead_;
 };

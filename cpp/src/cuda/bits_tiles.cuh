@@ -4,6 +4,8 @@
 #include <cstdint>
 
 #include "binconv/bits.h"
+#include "cuda/chunk.h"
+#include "cuda/divisor.cuh"
 #include "cuda/numeric.cuh"
 
 // How bits.cu cuts an image into tiles, one to a thread block. Inside a tile 32 bits hold every
@@ -11,34 +13,8 @@
 
 namespace binconv::cuda {
 
-constexpr int kWordBits = 32;
-constexpr int kChunkWords = 4;
-constexpr int kChunkBits = kWordBits * kChunkWords;
-
-// Division of any 32-bit number by one that is known before the kernel starts.
-struct Divisor {
-  struct Result {
-    uint32_t quotient, remainder;
-  };
-
-  explicit Divisor(uint32_t value)
-      : value(value),
-        reciprocal(static_cast<uint32_t>(std::min<uint64_t>((1ull << 32) / value, 0xffffffff))) {}
-
-  // The product is less than 1 below the quotient.
-  __host__ __device__ Result divide(uint32_t dividend) const {
-    const uint32_t quotient = static_cast<uint32_t>(uint64_t{dividend} * reciprocal >> 32);
-    const uint32_t remainder = dividend - quotient * value;
-    if (remainder >= value) return {quotient + 1, remainder - value};
-    return {quotient, remainder};
-  }
-
-  uint32_t value;
-  uint32_t reciprocal;  // 2^32 / value, rounded down.
-};
-
 // The values of a tile: rows of neighbours in memory.
-struct Rows {
+struct TileRows {
   int64_t first;   // Index of the first value.
   int64_t stride;  // From row to row.
   int32_t count;
@@ -63,7 +39,7 @@ class NhwcTiles {
     int64_t first_chunk;
     int32_t chunks;
     uint32_t pixel_chunk;  // Which one of its pixel the first chunk is.
-    Rows rows;
+    TileRows rows;
   };
 
   struct Chunk {
@@ -143,7 +119,7 @@ class NchwTiles {
   struct Tile {
     int64_t first_pixel;  // Of all images.
     int64_t chunk;
-    Rows rows;
+    TileRows rows;
   };
 
   NchwTiles(const ImageShape& shape, int multiprocessors)

@@ -15,7 +15,6 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kPixels = 8;
 constexpr int kBlockPixels = kThreads / kWarpSize * kPixels;
-constexpr int kWordBits = 32;
 
 // What the kernel needs of a Conv2dShape. Extents are below 2^31.
 struct Conv {

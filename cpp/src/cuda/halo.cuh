@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cuda/divisor.cuh"
 #include "cuda/halo.h"
 #include "cuda/numeric.cuh"
 #include "cuda/prepared_weight.h"
@@ -19,17 +20,6 @@ namespace binconv::cuda {
 
 constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
 constexpr int32_t kMagicBits = 0x4b400000;
-
-// Divides where number * value < 2^31: the factor is (2^31 + e) / value with 0 < e <= value, so
-// that the quotient is too large by less than 1 / value.
-struct Divisor {
-  int32_t value;
-  uint32_t factor;
-};
-inline Divisor divisor(int32_t value) { return {value, (1u << 31) / value + 1}; }
-__device__ inline int32_t operator/(int32_t number, const Divisor& d) {
-  return static_cast<int32_t>(__umulhi(2u * number, d.factor));
-}
 
 // A convolution as a kernel parameter.
 struct HaloConv {
@@ -87,7 +77,7 @@ inline HaloConv halo_conv(const Conv2dArgs& args, const HaloPlan& plan) {
   const PreparedLayout prepared = prepared_layout(weight);
   const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
   const auto dilation = [](int64_t value, int64_t kernel) {  // That of a single tap can be huge.
-    return divisor(kernel == 1 ? 1 : static_cast<int32_t>(value));
+    return Divisor(kernel == 1 ? 1 : static_cast<uint32_t>(value));
   };
   return {
       .plan = plan,
@@ -107,8 +97,8 @@ inline HaloConv halo_conv(const Conv2dArgs& args, const HaloPlan& plan) {
       .pad_value = shape.pad_value,
       .dilation_height = dilation(shape.dilation_height, weight.kernel_height),
       .dilation_width = dilation(shape.dilation_width, weight.kernel_width),
-      .pitch = divisor(plan.pitch),
-      .tile_images = divisor(plan.tile_images),
+      .pitch = Divisor(plan.pitch),
+      .tile_images = Divisor(plan.tile_images),
       .taps = narrow(prepared.taps),
       .chunks = narrow(prepared.chunks),
       .group_in_channels = narrow(weight.in_channels / weight.groups),
@@ -141,9 +131,9 @@ __device__ inline TilePosition tile_position(const HaloPlan& plan, int32_t tile)
 
 // Where in a tile's halo, or among its output pixels, a number of halo.h's order is.
 __device__ inline TilePosition halo_position(const HaloConv& conv, int32_t flat) {
-  const int32_t segment = flat / conv.pitch;
-  const int32_t row = segment / conv.tile_images;
-  return {segment - row * conv.tile_images.value, row, flat - segment * conv.pitch.value};
+  const auto [segment, column] = conv.pitch.divide(flat);
+  const auto [row, image] = conv.tile_images.divide(segment);
+  return {static_cast<int32_t>(image), static_cast<int32_t>(row), static_cast<int32_t>(column)};
 }
 
 struct AxisBorder {
@@ -163,9 +153,10 @@ __device__ inline AxisBorder column_border(const HaloConv& c) {
 // The border class (halo.h) of a position along one axis.
 __device__ inline int32_t border_class(const AxisBorder& axis, int32_t position) {
   const int32_t origin = position * axis.stride - axis.pad;
+  const int32_t dilation = axis.dilation.value;
   const auto taps_within = [&](int32_t extent) {
-    const int32_t cut = min(max(extent, 0), axis.kernel * axis.dilation.value);
-    return (cut + axis.dilation.value - 1) / axis.dilation;
+    const int32_t cut = min(max(extent, 0), axis.kernel * dilation);
+    return static_cast<int32_t>(axis.dilation.divide(cut + dilation - 1).quotient);
   };
   const int32_t before = taps_within(-origin);
   const int32_t after = axis.kernel - taps_within(axis.in - origin);

@@ -2,6 +2,7 @@
 
 #include <cstdint>
 
+#include "cuda/chunk.h"
 #include "kernel_table.h"
 
 // The weight format of all CUDA kernels, so that any of them can be chosen once an image size is
@@ -10,10 +11,6 @@
 // beyond out_channels are zero.
 
 namespace binconv::cuda {
-
-constexpr int kChunkBytes = 16;
-constexpr int kChunkWords = 4;
-constexpr int kChunkBits = 128;
 
 struct PreparedLayout {
   int64_t chunks;    // Of one group of input channels.

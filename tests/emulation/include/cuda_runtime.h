@@ -46,7 +46,6 @@ using std::max;
 using std::min;
 
 inline int __popc(unsigned value) { return std::popcount(value); }
-inline unsigned __umulhi(unsigned a, unsigned b) { return uint64_t{a} * b >> 32; }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (shift % 32));
 }
