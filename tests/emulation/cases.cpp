@@ -97,9 +97,17 @@ Problem random_problem(Random& random, const Conv2dShape& shape, uint64_t seed) 
 
 // What most calls ask for, and seldom drawn among all.
 EpilogueCase common_epilogue(Random& random) {
-  return {.out_type = random.pick({DataType::kFloat16, DataType::kBFloat16, DataType::kFloat32}),
-          .scale = random.one_in(2),
-          .bias = random.one_in(2)};
+  EpilogueCase e;
+  e.out_type =
+      random.pick({DataType::kFloat16, DataType::kBFloat16, DataType::kFloat32, DataType::kBits});
+  e.scale = random.one_in(2);
+  e.bias = random.one_in(2);
+  if (e.out_type == DataType::kBits) {
+    e.clamp = random.one_in(4);
+    if (random.one_in(2)) e.thresholds = EpilogueCase::Thresholds::kPerChannel;
+    e.below = random.one_in(2);
+  }
+  return e;
 }
 
 }  // namespace

@@ -1,11 +1,16 @@
 #include <cuda_runtime.h>
 
+#include <bit>
+#include <cmath>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <string>
+#include <vector>
 
 #include "conv2d_check.h"
 #include "cuda/halo.cuh"
+#include "cuda/tile_epilogue.cuh"
 #include "emulation/cases.h"
 #include "emulation/copies.h"
 #include "emulation/fibers.h"
@@ -86,6 +91,40 @@ TEST(EmulatedSm90, RandomShapesMatchReference) {
   check_random_convolutions("cuda_sm90", 100);
   check_every_kind_of_plan_was_used();
   CHECK(plan_counts().resident_32 > 0);
+}
+
+// Of any float as well as of those that networks have.
+float draw_term(Random& random) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  if (random.one_in(2)) return random.uniform(-100.0f, 100.0f);
+  if (random.one_in(2)) return std::bit_cast<float>(static_cast<uint32_t>(random.between(0, ~0u)));
+  return random.pick({0.0f, -0.0f, 1.0f, -1.0f, 1e-42f, 1e38f, kInfinity, -kInfinity, NAN});
+}
+
+TEST(BitLimits, SayForEverySumWhetherItPasses) {
+  constexpr int32_t kMaxSum = (1 << 22) / 3;
+  Random random(1);
+  for (int i = 0; i < 20000; ++i) {
+    const bool clamp = random.one_in(4);
+    cuda::ChannelTerms terms;
+    do terms.scale = draw_term(random);
+    while (std::isinf(terms.scale));  // Left to another path.
+    terms.bias = draw_term(random);
+    terms.below = random.one_in(2);
+    const auto y = [&](int32_t acc) {
+      return std::fma(static_cast<float>(clamp ? std::max(acc, 0) : acc), terms.scale, terms.bias);
+    };
+    const auto draw_sum = [&] { return static_cast<int32_t>(random.between(-kMaxSum, kMaxSum)); };
+    terms.threshold = random.one_in(3) ? draw_term(random) : y(draw_sum());
+    const cuda::BitLimit found = cuda::find_bit_limit(terms, clamp);
+    std::vector<int32_t> sums = {-kMaxSum, -1, 0, 1, kMaxSum, draw_sum(), draw_sum(), draw_sum()};
+    for (int32_t near = -2; near <= 2; ++near) sums.push_back(found.limit + near);
+    for (const int32_t acc : sums) {
+      if (std::abs(acc) > kMaxSum) continue;
+      const bool expected = terms.below ? y(acc) <= terms.threshold : y(acc) >= terms.threshold;
+      CHECK_EQ((acc >= found.limit) != found.is_flipped, expected);
+    }
+  }
 }
 
 TEST(EmulatedSm90, LargestSumsAreExact) { check_largest_sums("cuda_sm90"); }

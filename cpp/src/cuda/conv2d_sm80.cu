@@ -246,12 +246,11 @@ __global__ void __launch_bounds__(kThreads, 1)
     conv2d_kernel(const __grid_constant__ TileConv args) {
 #if __CUDA_ARCH__ >= 800
   write_zeros(args.conv, threadIdx.x, kThreads);
-  load_channels(args.out, args.conv, threadIdx.x, kThreads);
-  load_tap_counts(args.conv);
-  __syncthreads();
-  sum_tap_counts(args.conv, threadIdx.x, kThreads);
-  __syncthreads();
-  make_table(args.conv, threadIdx.x, kThreads);
+  const auto get_tap_counts = [&] {
+    load_tap_counts(args.conv);
+    __syncthreads();
+  };
+  prepare_channels(args, threadIdx.x, kThreads, get_tap_counts, [] { __syncthreads(); });
   if constexpr (kStreamed) {
     multiply_streamed(args);
   } else {

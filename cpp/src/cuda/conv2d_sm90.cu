@@ -228,21 +228,6 @@ struct Consumer {
   bool is_leader;       // One of the warpgroup.
 };
 
-// What the epilogue needs of the channels. The multiplying warpgroups do this while the first halo
-// and weights are on their way.
-__device__ void prepare_channels(const TileConv& args, Barriers& barriers) {
-  const int thread = threadIdx.x - kWarpgroup;
-  const auto synchronize = [] {
-    cutlass::arch::NamedBarrier::sync(kMultipliers, kConsumerBarrier);
-  };
-  load_channels(args.out, args.conv, thread, kMultipliers);
-  barriers.counts_full.wait(0);
-  sum_tap_counts(args.conv, thread, kMultipliers);
-  synchronize();
-  make_table(args.conv, thread, kMultipliers);
-  synchronize();
-}
-
 template <int kChannels>
 __device__ void finish(const TileConv& args, const Consumer& self,
                        const int32_t (&acc)[kChannels / 2], const Pixel* run_pixels) {
@@ -416,7 +401,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
-    prepare_channels(args, barriers);
+    // While the first halo and weights are on their way.
+    prepare_channels(
+        args, threadIdx.x - kWarpgroup, kMultipliers, [&] { barriers.counts_full.wait(0); },
+        [] { cutlass::arch::NamedBarrier::sync(kMultipliers, kConsumerBarrier); });
     const int thread = threadIdx.x % kWarpgroup;
     const Consumer self = {warpgroup - 1, thread / kWarpSize, thread % kWarpSize == 0, thread == 0};
     if constexpr (kStreamed) {

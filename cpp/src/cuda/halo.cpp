@@ -329,6 +329,7 @@ HaloLayout halo_layout(const HaloPlan& plan, const WeightShape& weight) {
   at.table = take(int64_t{plan.row_classes} * plan.column_classes * plan.block_channels * 4);
   at.scaling = take(plan.block_channels * 8);
   at.limits = take(plan.block_channels * 8);
+  at.bit_limits = take(plan.block_channels * 4 + 64);
   at.tap_counts = take(prepared.taps * plan.block_channels * 4);
   at.pixel_counts = take(int64_t{plan.phases()} * plan.region_pixels * 4);
   at.pixels = take(int64_t{kHaloStages} * plan.runs * kRunPixels * 12);

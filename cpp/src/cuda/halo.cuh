@@ -231,13 +231,14 @@ __device__ inline void sum_tap_counts(const HaloConv& conv, int thread, int thre
   }
 }
 
-// threads: a multiple of the block's channels.
-__device__ inline void make_table(const HaloConv& conv, int thread, int threads) {
+// threads: a multiple of the block's channels. offset: what is added to the entries of the thread's
+// channel, thread % channels.
+__device__ inline void make_table(const HaloConv& conv, int thread, int threads, int32_t offset) {
   const int32_t channels = conv.plan.block_channels, channel = thread % channels;
   const int32_t classes = conv.plan.row_classes * conv.plan.column_classes;
   for (int32_t border = thread / channels; border < classes; border += threads / channels) {
     shared<int32_t>(conv.at.table)[border * channels + channel] =
-        table_entry(conv, border, channel);
+        table_entry(conv, border, channel) + offset;
   }
 }
 

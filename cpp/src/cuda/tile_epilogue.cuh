@@ -1,6 +1,7 @@
 #pragma once
 
 #include "binconv/conv2d.h"
+#include "check.h"
 #include "cuda/epilogue.cuh"
 #include "cuda/halo.cuh"
 #include "cuda/numeric.cuh"
@@ -30,6 +31,7 @@ struct TileOutput {
   bool has_pieces;       // Rows of values start and end at 16-byte pieces.
   bool is_plain;         // Nothing happens between scale and bias and the output.
   bool is_simple;        // All of this: plain floating-point values in pieces, no clamp, no bits.
+  bool is_bits;          // Plain, and only bits are asked for.
 };
 
 // The parameter of a kernel.
@@ -56,7 +58,8 @@ inline TileOutput tile_output(const Conv2dArgs& args) {
           .packed_words = static_cast<int32_t>(packed_bytes(channels) / sizeof(uint32_t)),
           .has_pieces = has_pieces,
           .is_plain = is_plain,
-          .is_simple = is_float && is_plain && has_pieces && !epilogue.clamp && !epilogue.bits};
+          .is_simple = is_float && is_plain && has_pieces && !epilogue.clamp && !epilogue.bits,
+          .is_bits = !has_values && is_plain};
 }
 
 inline TileConv tile_conv(const Conv2dArgs& args, const HaloPlan& plan) {
@@ -83,6 +86,88 @@ __device__ inline void load_channels(const TileOutput& out, const HaloConv& conv
 
 __device__ inline bool passes(float y, float limit, float sign) {
   return __int_as_float(__float_as_int(y) ^ __float_as_int(sign)) >= limit;
+}
+
+// Where out.is_bits, y rises or falls with acc, and all that y is needed for is where it passes the
+// threshold: bit = (acc >= limit) != is_flipped.
+struct BitLimit {
+  int32_t limit;
+  bool is_flipped;
+};
+
+__device__ inline BitLimit find_bit_limit(const ChannelTerms& terms, bool clamp) {
+  const auto bit = [&](int32_t acc) {
+    const float y = scale_and_bias(clamp ? max(acc, 0) : acc, terms);
+    return passes(y, terms.threshold, terms.below);
+  };
+  int32_t below = -(1 << 22), limit = 1 << 22;  // Beyond all sums.
+  const bool is_flipped = bit(below);
+  while (limit - below > 1) {
+    const int32_t middle = below + (limit - below) / 2;
+    (bit(middle) == is_flipped ? below : limit) = middle;
+  }
+  return {limit, is_flipped};
+}
+
+// The block's, in shared memory.
+struct BitLimits {
+  int32_t* limits;       // Of each channel.
+  uint32_t* flipped;     // Of each 32 channels, a word of bits.
+  uint32_t* not_rising;  // Of each 32 channels: whether y neither rises nor falls in some channel.
+  int32_t* are_used;     // Whether T (halo.cuh) has the limits subtracted, and no kMagicBits.
+};
+
+__device__ inline BitLimits bit_limits(const HaloConv& conv) {
+  const int32_t channels = conv.plan.block_channels;
+  int32_t* limits = shared<int32_t>(conv.at.bit_limits);
+  uint32_t* words = reinterpret_cast<uint32_t*>(limits + channels);
+  return {limits, words, words + channels / kGroup,
+          reinterpret_cast<int32_t*>(words + 2 * channels / kGroup)};
+}
+
+// As load_channels.
+__device__ inline void make_bit_limits(const TileOutput& out, const HaloConv& conv, int thread,
+                                       int threads) {
+  const BitLimits to = bit_limits(conv);
+  for (int32_t i = thread; i < conv.plan.block_channels; i += threads) {
+    const int64_t channel = first_channel(conv) + i;
+    const ChannelTerms terms =
+        channel < out.channels ? load_channel_terms(out.epilogue, channel) : ChannelTerms{};
+    const BitLimit found = find_bit_limit(terms, out.epilogue.clamp);
+    to.limits[i] = found.limit;
+    const uint32_t flipped = __ballot_sync(kWholeWarp, found.is_flipped);
+    const uint32_t not_rising = __ballot_sync(kWholeWarp, isinf(terms.scale));  // 0 gives NaN.
+    if (i % kGroup == 0) to.flipped[i / kGroup] = flipped, to.not_rising[i / kGroup] = not_rising;
+  }
+}
+
+__device__ inline bool can_use_bit_limits(const TileOutput& out, const HaloConv& conv) {
+  bool can = out.is_bits;
+  for (int32_t i = 0; can && i < conv.plan.block_channels / kGroup; ++i) {
+    can = bit_limits(conv).not_rising[i] == 0;
+  }
+  return can;
+}
+
+// All that the epilogue needs of the block's channels: work for `threads` threads, a multiple of
+// the channels. get_tap_counts(): returns when they are in shared memory; synchronize(): waits for
+// all these threads.
+template <class GetTapCounts, class Synchronize>
+__device__ void prepare_channels(const TileConv& args, int thread, int threads,
+                                 const GetTapCounts& get_tap_counts,
+                                 const Synchronize& synchronize) {
+  const auto& [conv, out] = args;
+  load_channels(out, conv, thread, threads);
+  if (out.is_bits) make_bit_limits(out, conv, thread, threads);
+  get_tap_counts();
+  sum_tap_counts(conv, thread, threads);
+  synchronize();
+  const BitLimits bits = bit_limits(conv);
+  const bool are_used = can_use_bit_limits(out, conv);
+  if (thread == 0) *bits.are_used = are_used;
+  const int32_t channel = thread % conv.plan.block_channels;
+  make_table(conv, thread, threads, are_used ? -kMagicBits - bits.limits[channel] : 0);
+  synchronize();
 }
 
 // What one lane has of a group: [block of 8 columns][row][column].
@@ -177,6 +262,18 @@ __device__ inline void finish_group(const TileOutput& out, const Rows& rows, int
   });
 }
 
+// Of the channels from first_channel on, a word: those that exist.
+__device__ inline uint32_t valid_bits(const TileOutput& out, int64_t first_channel) {
+  const int64_t left = out.channels - first_channel;
+  return left >= kGroup ? ~0u : (1u << left) - 1;
+}
+
+// The bits of a row's four lanes together.
+__device__ inline uint32_t join_lanes(uint32_t word) {
+  word |= __shfl_xor_sync(kWholeWarp, word, 1);
+  return word | __shfl_xor_sync(kWholeWarp, word, 2);
+}
+
 // The bits of a group, for both rows; every lane of a row's four gets its word.
 __device__ inline void pack_group(const TileOutput& out, int64_t first_channel,
                                   const float4* limits, Group& y, uint32_t (&words)[2]) {
@@ -191,13 +288,34 @@ __device__ inline void pack_group(const TileOutput& out, int64_t first_channel,
       words[row] |= uint32_t{passes(y[block][row][1], limit.y, limit.w)} << (column + 1);
     }
   }
-  const int64_t left = out.channels - first_channel;
-  const uint32_t valid = left >= kGroup ? ~0u : (1u << left) - 1;
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    words[row] |= __shfl_xor_sync(kWholeWarp, words[row], 1);
-    words[row] |= __shfl_xor_sync(kWholeWarp, words[row], 2);
-    words[row] &= valid;
+    words[row] = join_lanes(words[row]) & valid_bits(out, first_channel);
+  }
+}
+
+// The same from accumulators, where the block's bit limits are used.
+template <int kColumns>
+__device__ void compare_group(const TileOutput& out, const WarpRun<kColumns>& run, int group,
+                              uint32_t flipped, uint32_t (&words)[2]) {
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    const Pixel& pixel = run.pixels[row];
+    const int32_t window = static_cast<int32_t>(pixel.window + kMagic);
+    uint32_t misses = 0;  // Of the lane's columns, the last one first: the signs of acc - limit.
+#pragma unroll
+    for (int block = kGroupBlocks - 1; block >= 0; --block) {
+      const int32_t column = group * kGroup + group_column(block, 0);
+      const int2 t = *reinterpret_cast<const int2*>(run.table + pixel.table + column);
+      const int32_t* d = run.acc + 4 * (group * kGroupBlocks + block) + 2 * row;
+      misses = __funnelshift_l(4 * d[1] + t.y + window, misses, 1);
+      misses = __funnelshift_l(4 * d[0] + t.x + window, misses, 1);
+    }
+    // To their columns: two bits of every byte.
+    misses = (misses | misses << 12) & 0x000f000f;
+    misses = (misses | misses << 6) & 0x03030303;
+    const uint32_t hits = ~join_lanes(misses << threadIdx.x % 4 * 2);
+    words[row] = (hits ^ flipped) & valid_bits(out, run.first_channel + group * kGroup);
   }
 }
 
@@ -343,6 +461,19 @@ __device__ void store_simple_run(const TileOutput& out, const WarpRun<kColumns>&
 }
 
 template <int kColumns>
+__device__ void store_compared_run(const TileOutput& out, const WarpRun<kColumns>& run,
+                                   const uint32_t* flipped) {
+  constexpr int kGroups = kColumns / kGroup;
+  uint32_t words[kGroups][2] = {};
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    if (run.first_channel + group * kGroup >= out.channels) break;
+    compare_group(out, run, group, flipped[group], words[group]);
+  }
+  store_words<kGroups>(out, out.data, run.pixels, run.first_channel, words);
+}
+
+template <int kColumns>
 __device__ void store_any_run(const TileOutput& out, const WarpRun<kColumns>& run) {
   constexpr int kGroups = kColumns / kGroup;
   const Rows rows = locate_rows(out, run.pixels);
@@ -379,6 +510,10 @@ __device__ void store_run(const TileOutput& out, const HaloConv& conv, int32_t c
                                  .limits = shared<float4>(conv.at.limits) + column / 2,
                                  .staging = shared<uint8_t>(conv.at.staging) + warp * kWarpStaging,
                                  .first_channel = first};
+  const BitLimits limits = bit_limits(conv);
+  if (out.is_bits && *limits.are_used) {
+    return store_compared_run(out, run, limits.flipped + column / kGroup);
+  }
   if (!out.is_simple || first + kColumns > out.channels) return store_any_run(out, run);
   switch (out.epilogue.out_type) {
     case DataType::kFloat16:

@@ -42,10 +42,14 @@ struct alignas(16) float4 {
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 
+using std::isinf;
 using std::max;
 using std::min;
 
 inline int __popc(unsigned value) { return std::popcount(value); }
+inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>(((uint64_t{high} << 32 | low) << (shift & 31)) >> 32);
+}
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (shift % 32));
 }
