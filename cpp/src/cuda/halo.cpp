@@ -330,6 +330,7 @@ HaloLayout halo_layout(const HaloPlan& plan, const WeightShape& weight) {
   at.scaling = take(plan.block_channels * 8);
   at.limits = take(plan.block_channels * 8);
   at.bit_limits = take(plan.block_channels * 4 + 64);
+  at.activation = take(plan.block_channels * 12);
   at.tap_counts = take(prepared.taps * plan.block_channels * 4);
   at.pixel_counts = take(int64_t{plan.phases()} * plan.region_pixels * 4);
   at.pixels = take(int64_t{kHaloStages} * plan.runs * kRunPixels * 12);

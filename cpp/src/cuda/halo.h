@@ -78,8 +78,8 @@ constexpr int kStreamStages = 3;
 
 // Where everything is in shared memory, in bytes.
 struct HaloLayout {
-  int32_t halo, weights, staging, table, scaling, limits, bit_limits, tap_counts, pixel_counts,
-      pixels, barriers, total;
+  int32_t halo, weights, staging, table, scaling, limits, bit_limits, activation, tap_counts,
+      pixel_counts, pixels, barriers, total;
 };
 
 HaloLayout halo_layout(const HaloPlan& plan, const WeightShape& weight);

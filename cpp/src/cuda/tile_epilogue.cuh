@@ -32,6 +32,7 @@ struct TileOutput {
   bool is_plain;         // Nothing happens between scale and bias and the output.
   bool is_simple;        // All of this: plain floating-point values in pieces, no clamp, no bits.
   bool is_bits;          // Plain, and only bits are asked for.
+  bool stages_residual;  // The residual lies like the values, which are in pieces.
 };
 
 // The parameter of a kernel.
@@ -59,21 +60,27 @@ inline TileOutput tile_output(const Conv2dArgs& args) {
           .has_pieces = has_pieces,
           .is_plain = is_plain,
           .is_simple = is_float && is_plain && has_pieces && !epilogue.clamp && !epilogue.bits,
-          .is_bits = !has_values && is_plain};
+          .is_bits = !has_values && is_plain,
+          .stages_residual = has_values && has_pieces && epilogue.residual &&
+                             element_bytes(epilogue.residual_type) == value_bytes &&
+                             is_vector_aligned(epilogue.residual)};
 }
 
 inline TileConv tile_conv(const Conv2dArgs& args, const HaloPlan& plan) {
   return {halo_conv(args, plan), tile_output(args)};
 }
 
-// What the epilogue needs of the block's channels, in shared memory, for two channels at a time:
-// scales, then biases; and thresholds, then signs that turn y <= threshold into y >= threshold.
+// What the epilogue needs of the block's channels, in shared memory. For two channels at a time:
+// scales, then biases; and thresholds, then signs that turn y <= threshold into y >= threshold. For
+// all of them: the activation's first shifts, slopes, second shifts.
 // Work for `threads` threads, of which this one is number `thread`.
 __device__ inline void load_channels(const TileOutput& out, const HaloConv& conv, int thread,
                                      int threads) {
   float* scaling = shared<float>(conv.at.scaling);
   float* limits = shared<float>(conv.at.limits);
-  for (int32_t i = thread; i < conv.plan.block_channels; i += threads) {
+  float* activation = shared<float>(conv.at.activation);
+  const int32_t channels = conv.plan.block_channels;
+  for (int32_t i = thread; i < channels; i += threads) {
     const int64_t channel = first_channel(conv) + i;
     const ChannelTerms terms =
         channel < out.channels ? load_channel_terms(out.epilogue, channel) : ChannelTerms{};
@@ -81,6 +88,9 @@ __device__ inline void load_channels(const TileOutput& out, const HaloConv& conv
     scaling[at] = terms.scale, scaling[at + 2] = terms.bias;
     limits[at] = terms.below ? -terms.threshold : terms.threshold;
     limits[at + 2] = terms.below ? -0.0f : 0.0f;
+    activation[i] = terms.activation.in_shift;
+    activation[channels + i] = terms.activation.slope;
+    activation[2 * channels + i] = terms.activation.out_shift;
   }
 }
 
@@ -221,6 +231,8 @@ struct WarpRun {
   const int32_t* table;  // From here on in shared memory, from the run's first channel.
   const float4* scaling;
   const float4* limits;
+  const float* activation;
+  int32_t block_channels;
   uint8_t* staging;
   int32_t first_channel;
 };
@@ -249,17 +261,33 @@ __device__ void scale_group(const TileOutput& out, const WarpRun<kColumns>& run,
   }
 }
 
-// Residual and activation.
-__device__ inline void finish_group(const TileOutput& out, const Rows& rows, int64_t first_channel,
+// A residual that is not staged.
+__device__ inline void add_residual(const TileOutput& out, const Rows& rows, int64_t first_channel,
                                     Group& y) {
-  const Epilogue& epilogue = out.epilogue;
   for_each(y, [&](float& value, int row, int32_t column) {
     const int64_t channel = first_channel + column;
     if (!rows.is_valid[row] || channel >= out.channels) return;
-    value = add_residual(epilogue, rows.base[row] + channel * rows.step, value);
-    if (!epilogue.activation.enabled) return;
-    value = apply_activation(value, load_activation_terms(epilogue.activation, channel));
+    value = add_residual(out.epilogue, rows.base[row] + channel * rows.step, value);
   });
+}
+
+// terms: from the group's first channel on; block_channels from one kind of term to the next.
+__device__ inline void activate_group(const TileOutput& out, const float* terms,
+                                      int32_t block_channels, Group& y) {
+  const bool is_relu = !out.epilogue.activation.slope;
+#pragma unroll
+  for (int block = 0; block < kGroupBlocks; ++block) {
+    const float* at = terms + group_column(block, 0);
+    const float2 in = *reinterpret_cast<const float2*>(at);
+    const float2 slope = *reinterpret_cast<const float2*>(at + block_channels);
+    const float2 shift = *reinterpret_cast<const float2*>(at + 2 * block_channels);
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+      float (&pair)[2] = y[block][row];
+      pair[0] = apply_activation(pair[0], {in.x, slope.x, shift.x, is_relu});
+      pair[1] = apply_activation(pair[1], {in.y, slope.y, shift.y, is_relu});
+    }
+  }
 }
 
 // Of the channels from first_channel on, a word: those that exist.
@@ -362,23 +390,99 @@ __device__ void stage_group(uint8_t* staging, uint32_t lane, int first_byte, Gro
 // the run's first channel on, and there piece lane % 8. Null where there is no pixel.
 constexpr int kPieces = kStagingRow / kVectorBytes;
 constexpr int kFlushRows = kWarpSize / kPieces;  // That a warp stores at a time.
+constexpr int kLaneRows = kWarpPixels / kFlushRows;
 struct PieceRows {
-  uint8_t* at[kWarpPixels / kFlushRows];
+  uint8_t* at[kLaneRows];
 };
 
 template <int kColumns>
 __device__ PieceRows locate_pieces(const TileOutput& out, const WarpRun<kColumns>& run) {
   const int lane = threadIdx.x % kWarpSize;
+  const int64_t row_bytes = out.channels * out.value_bytes;
   uint8_t* data = static_cast<uint8_t*>(out.data) + run.first_channel * out.value_bytes +
                   lane % kPieces * kVectorBytes;
-  const int64_t row_bytes = out.channels * out.value_bytes;
   PieceRows rows;
 #pragma unroll
-  for (int i = 0; i < kWarpPixels / kFlushRows; ++i) {
+  for (int i = 0; i < kLaneRows; ++i) {
     const int64_t pixel = run.warp_pixels[lane / kPieces + i * kFlushRows].index;
     rows.at[i] = pixel < 0 ? nullptr : data + pixel * row_bytes;
   }
   return rows;
+}
+
+__device__ inline int64_t residual_distance(const TileOutput& out) {
+  return static_cast<const uint8_t*>(out.epilogue.residual) - static_cast<uint8_t*>(out.data);
+}
+
+// The residual's pieces of a staging row, on their way to where the values are staged: they wait in
+// registers while those before them are used.
+struct Residual {
+  uint4 pieces[kLaneRows];
+};
+
+// Loads the first `bytes` bytes of the staging rows that start `offset` bytes behind the run's
+// first channel. The residual lies like the output, `distance` bytes further.
+__device__ inline void load_residual(const PieceRows& rows, int64_t distance, int offset,
+                                     int64_t bytes, Residual& residual) {
+  const int byte = threadIdx.x % kWarpSize % kPieces * kVectorBytes;
+#pragma unroll
+  for (int i = 0; i < kLaneRows; ++i) {
+    const uint8_t* at = rows.at[i] + distance + offset;
+    residual.pieces[i] = rows.at[i] && byte < bytes ? *reinterpret_cast<const uint4*>(at) : uint4{};
+  }
+}
+
+__device__ inline void stage_residual(const Residual& residual, uint8_t* staging) {
+  const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+  for (int i = 0; i < kLaneRows; ++i) {
+    const int row = lane / kPieces + i * kFlushRows;
+    const int to = staging_offset(row, lane % kPieces * kVectorBytes);
+    *reinterpret_cast<uint4*>(staging + to) = residual.pieces[i];
+  }
+  __syncwarp();
+}
+
+// For the groups of a run in their order. The residual of a value is staged where stage_group will
+// put that value.
+template <class T>
+__device__ void add_staged_residual(const TileOutput& out, const PieceRows& rows,
+                                    Residual& residual, uint8_t* staging, int64_t first_channel,
+                                    int group, Group& y) {
+  constexpr int kRowChannels = kStagingRow / sizeof(T), kSize = sizeof(T);
+  const int column = group * kGroup % kRowChannels;
+  if (column == 0) {
+    stage_residual(residual, staging);
+    load_residual(rows, residual_distance(out), (group * kGroup + kRowChannels) * kSize,
+                  (out.channels - first_channel - kRowChannels) * kSize, residual);
+  }
+  uint32_t lane = threadIdx.x % kWarpSize;
+  asm volatile("" : "+r"(lane));  // As in store_run.
+#pragma unroll
+  for (int block = 0; block < kGroupBlocks; ++block) {
+    const int byte = (column + 8 * block + 2 * static_cast<int>(lane % 4)) * kSize;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = staging_offset(static_cast<int>(lane / 4) + 8 * i, byte);
+      const Vector<T, 2> pair = load_vector<2>(reinterpret_cast<const T*>(staging + at));
+      y[block][i][0] = __fadd_rn(y[block][i][0], to_float(pair.values[0]));
+      y[block][i][1] = __fadd_rn(y[block][i][1], to_float(pair.values[1]));
+    }
+  }
+}
+
+__device__ inline void add_staged_residual(const TileOutput& out, const PieceRows& rows,
+                                           Residual& residual, uint8_t* staging,
+                                           int64_t first_channel, int group, Group& y) {
+  switch (out.epilogue.residual_type) {
+    case DataType::kFloat16:
+      return add_staged_residual<__half>(out, rows, residual, staging, first_channel, group, y);
+    case DataType::kBFloat16:
+      return add_staged_residual<__nv_bfloat16>(out, rows, residual, staging, first_channel, group,
+                                                y);
+    default:
+      return add_staged_residual<float>(out, rows, residual, staging, first_channel, group, y);
+  }
 }
 
 // Stores the first `bytes` bytes of the staged rows, `offset` bytes behind the run's first channel.
@@ -388,7 +492,7 @@ __device__ inline void flush_staging(const PieceRows& rows, const uint8_t* stagi
   const int byte = lane % kPieces * kVectorBytes;
   __syncwarp();
 #pragma unroll
-  for (int i = 0; i < kWarpPixels / kFlushRows; ++i) {
+  for (int i = 0; i < kLaneRows; ++i) {
     const int row = lane / kPieces + i * kFlushRows;
     const uint4 piece = *reinterpret_cast<const uint4*>(staging + staging_offset(row, byte));
     if (rows.at[i] && byte < bytes) *reinterpret_cast<uint4*>(rows.at[i] + offset) = piece;
@@ -478,6 +582,11 @@ __device__ void store_any_run(const TileOutput& out, const WarpRun<kColumns>& ru
   constexpr int kGroups = kColumns / kGroup;
   const Rows rows = locate_rows(out, run.pixels);
   const PieceRows pieces = locate_pieces(out, run);
+  Residual residual;
+  if (out.stages_residual) {
+    load_residual(pieces, residual_distance(out), 0,
+                  (out.channels - run.first_channel) * out.value_bytes, residual);
+  }
   void* bits = out.epilogue.out_type == DataType::kBits ? out.data : out.epilogue.bits;
   uint32_t words[kGroups][2] = {};
 #pragma unroll
@@ -486,7 +595,14 @@ __device__ void store_any_run(const TileOutput& out, const WarpRun<kColumns>& ru
     if (channel >= out.channels) break;
     Group y;
     scale_group<kColumns, false>(out, run, group, y);
-    if (!out.is_plain) finish_group(out, rows, channel, y);
+    if (out.stages_residual) {
+      add_staged_residual(out, pieces, residual, run.staging, channel, group, y);
+    } else if (out.epilogue.residual) {
+      add_residual(out, rows, channel, y);
+    }
+    if (out.epilogue.activation.enabled) {
+      activate_group(out, run.activation + group * kGroup, run.block_channels, y);
+    }
     if (bits) pack_group(out, channel, run.limits + group * kGroup / 2, y, words[group]);
     const bool is_last = group + 1 == kGroups || channel + kGroup >= out.channels;
     store_values(out, pieces, run.staging, rows, channel, group, is_last, y);
@@ -508,6 +624,8 @@ __device__ void store_run(const TileOutput& out, const HaloConv& conv, int32_t c
                                  .table = shared<int32_t>(conv.at.table) + column,
                                  .scaling = shared<float4>(conv.at.scaling) + column / 2,
                                  .limits = shared<float4>(conv.at.limits) + column / 2,
+                                 .activation = shared<float>(conv.at.activation) + column,
+                                 .block_channels = conv.plan.block_channels,
                                  .staging = shared<uint8_t>(conv.at.staging) + warp * kWarpStaging,
                                  .first_channel = first};
   const BitLimits limits = bit_limits(conv);

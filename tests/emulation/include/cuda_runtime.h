@@ -32,6 +32,9 @@ struct dim3 {
 struct alignas(8) int2 {
   int x, y;
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
