@@ -10,7 +10,7 @@
 
 #include "conv2d_check.h"
 #include "cuda/halo.cuh"
-#include "cuda/tile_epilogue.cuh"
+#include "cuda/tile_channels.cuh"
 #include "emulation/cases.h"
 #include "emulation/copies.h"
 #include "emulation/fibers.h"
