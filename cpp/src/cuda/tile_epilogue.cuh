@@ -98,23 +98,32 @@ __device__ inline uint32_t join_lanes(uint32_t word) {
   return word | __shfl_xor_sync(kWholeWarp, word, 2);
 }
 
+// From the bits of a lane's 8 columns to their places in a group's word: two bits of every byte.
+__device__ inline uint32_t spread_columns(uint32_t bits) {
+  bits = (bits | bits << 12) & 0x000f000f;
+  bits = (bits | bits << 6) & 0x03030303;
+  return bits << threadIdx.x % 4 * 2;
+}
+
 // The bits of a group, for both rows; every lane of a row's four gets its word.
 __device__ inline void pack_group(const TileOutput& out, int64_t first_channel,
                                   const float4* limits, Group& y, uint32_t (&words)[2]) {
-  words[0] = words[1] = 0;
+  float hits[2] = {};  // Of the lane's columns. As floats, comparing and adding take one step each.
 #pragma unroll
   for (int block = 0; block < kGroupBlocks; ++block) {
-    const int column = group_column(block, 0);
-    const float4 limit = limits[column / 2];
+    const float4 limit = limits[group_column(block, 0) / 2];
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-      words[row] |= uint32_t{passes(y[block][row][0], limit.x, limit.z)} << column;
-      words[row] |= uint32_t{passes(y[block][row][1], limit.y, limit.w)} << (column + 1);
+      const float first = passes(y[block][row][0], limit.x, limit.z) ? 1.0f : 0.0f;
+      const float second = passes(y[block][row][1], limit.y, limit.w) ? 1.0f : 0.0f;
+      hits[row] = __fmaf_rn(first, 1 << 2 * block, hits[row]);
+      hits[row] = __fmaf_rn(second, 2 << 2 * block, hits[row]);
     }
   }
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
-    words[row] = join_lanes(words[row]) & valid_bits(out, first_channel);
+    const uint32_t columns = spread_columns(static_cast<uint32_t>(hits[row]));
+    words[row] = join_lanes(columns) & valid_bits(out, first_channel);
   }
 }
 
@@ -135,10 +144,7 @@ __device__ void compare_group(const TileOutput& out, const WarpRun<kColumns>& ru
       misses = __funnelshift_l(4 * d[1] + t.y + window, misses, 1);
       misses = __funnelshift_l(4 * d[0] + t.x + window, misses, 1);
     }
-    // To their columns: two bits of every byte.
-    misses = (misses | misses << 12) & 0x000f000f;
-    misses = (misses | misses << 6) & 0x03030303;
-    const uint32_t hits = ~join_lanes(misses << threadIdx.x % 4 * 2);
+    const uint32_t hits = ~join_lanes(spread_columns(misses));
     words[row] = (hits ^ flipped) & valid_bits(out, run.first_channel + group * kGroup);
   }
 }
