@@ -57,14 +57,31 @@ __device__ void scale_group(const TileOutput& out, const WarpRun<kColumns>& run,
   }
 }
 
+// visit(value, index) for all values of a group, with where they lie.
+template <class Visit>
+__device__ void for_each(const TileOutput& out, const Rows& rows, int64_t first_channel, Group& y,
+                         const Visit& visit) {
+  const int64_t first = first_channel + group_column(0, 0);
+  const int left = static_cast<int>(min(out.channels - first, int64_t{kGroup}));
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    int64_t index = rows.base[row] + first * rows.step;
+#pragma unroll
+    for (int block = 0; block < kGroupBlocks; ++block) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        if (rows.is_valid[row] && 8 * block + c < left) visit(y[block][row][c], index);
+        index += c == 0 ? rows.step : 7 * rows.step;  // Adding is quicker than multiplying.
+      }
+    }
+  }
+}
+
 // A residual that is not staged.
 __device__ inline void add_residual(const TileOutput& out, const Rows& rows, int64_t first_channel,
                                     Group& y) {
-  for_each(y, [&](float& value, int row, int32_t column) {
-    const int64_t channel = first_channel + column;
-    if (!rows.is_valid[row] || channel >= out.channels) return;
-    value = add_residual(out.epilogue, rows.base[row] + channel * rows.step, value);
-  });
+  for_each(out, rows, first_channel, y,
+           [&](float& value, int64_t index) { value = add_residual(out.epilogue, index, value); });
 }
 
 // terms: from the group's first channel on; block_channels from one kind of term to the next.
@@ -176,10 +193,8 @@ __device__ void store_group(const TileOutput& out, const PieceRows& pieces, uint
     const int64_t channels = min(out.channels - first_channel, int64_t{kGroup});
     return store_pieces<T>(pieces, staging, group, is_last, static_cast<int>(channels), y);
   }
-  for_each(y, [&](float& value, int row, int32_t column) {
-    const int64_t channel = first_channel + column;
-    if (!rows.is_valid[row] || channel >= out.channels) return;
-    static_cast<T*>(out.data)[rows.base[row] + channel * rows.step] = from_float<T>(value);
+  for_each(out, rows, first_channel, y, [&](float value, int64_t index) {
+    static_cast<T*>(out.data)[index] = from_float<T>(value);
   });
 }
 

@@ -72,18 +72,6 @@ __device__ inline int32_t group_column(int block, int c) {
   return 8 * block + 2 * static_cast<int32_t>(threadIdx.x % 4) + c;
 }
 
-template <class Visit>
-__device__ void for_each(Group& y, const Visit& visit) {
-#pragma unroll
-  for (int block = 0; block < kGroupBlocks; ++block) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) visit(y[block][row][c], row, group_column(block, c));
-    }
-  }
-}
-
 // What a warp turns into outputs.
 template <int kColumns>
 struct WarpRun {
