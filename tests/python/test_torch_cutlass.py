@@ -7,6 +7,7 @@ import pytest
 import reference_torch
 import torch
 import torch.nn.functional as F
+from kept_memory import bytes_kept
 from torch import nn
 
 from binconv.torch import (
@@ -231,6 +232,16 @@ def test_gradients_match_plain_torch(device, geometry, form):
         # float32 sums of at most `count` terms, each no larger than the largest sum of magnitudes.
         bound = 8 * 2**-24 * count**0.5 * (wanted.abs().max() + grad.abs().max().cpu() * 10)
         assert (value.cpu().double() - wanted).abs().max() <= bound, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_backward_keeps_the_input_itself_and_bits(device, dtype):
+    layer, x = make(device, in_channels=128)
+    x = x.to(dtype).requires_grad_()
+    layer(x)
+    small = 4 * 6 + 4 * 4  # The scales of the channels and of the layer, in float32.
+    kept = bytes_kept(lambda: layer(x), x, layer.weight, layer.bias_a)
+    assert kept <= x.numel() / 8 + small
 
 
 def test_gradients_reach_everything_in_eval_too(device):

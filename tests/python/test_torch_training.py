@@ -8,6 +8,7 @@ import pytest
 import reference_torch
 import torch
 import torch.nn.functional as F
+from kept_memory import bytes_kept
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -295,22 +296,6 @@ def test_rprelu_is_a_shifted_prelu():
 
 
 # ----------------------------------------------------------------------------------------- memory
-
-
-def bytes_kept(function, *ignored):
-    """Bytes of the distinct tensors that autograd keeps while the function runs."""
-    storages = {}
-
-    def pack(tensor):
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function()
-    for tensor in ignored:
-        storages.pop(tensor.untyped_storage().data_ptr(), None)
-    del result
-    return sum(storages.values())
 
 
 @pytest.mark.parametrize(

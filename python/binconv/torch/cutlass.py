@@ -261,8 +261,10 @@ class BinaryConv2dCutlass(nn.Module):
         )
 
     def _forward_with_gradient(self, x: Tensor) -> Tensor:
-        shifted = x + self.bias_a.float().view(-1, 1, 1)
         scale = self._activation_scale().detach()
+        shifted = _QuantizedSign.apply(  # type: ignore[no-untyped-call]
+            x, self.bias_a, self.scale_a, scale
+        )
         weight = self._signs() if self.weight is None else self.weight
         leaf = self._leaf_of_weight()
         if leaf is None and weight.is_floating_point():
@@ -270,7 +272,7 @@ class BinaryConv2dCutlass(nn.Module):
         if leaf is not None:
             leaf = _DividedGradient.apply(leaf, self.scale_w)  # type: ignore[no-untyped-call]
         return sign_conv2d(
-            _QuantizedSign.apply(shifted, self.scale_a, scale),  # type: ignore[no-untyped-call]
+            shifted,
             weight.detach(),
             self._geometry,
             x.dtype,
@@ -360,24 +362,31 @@ class BinaryConv2dCutlass(nn.Module):
 
 
 class _QuantizedSign(torch.autograd.Function):
-    """v, of which only the sign is used, with the gradients of scale sign(v); see the layer.
+    """x + bias, of which only the sign is used, with the gradients of scale sign(x + bias).
 
-    The gradient that arrives is that of the sign: scale times that of scale sign(v).
+    See the layer. The gradient that arrives is that of the sign: scale times that of scale sign(v).
     """
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, scale_a: Tensor, scale: Tensor) -> Tensor:
-        ctx.save_for_backward(v, scale)
-        return v.view_as(v)
+    def forward(ctx: Any, x: Tensor, bias: Tensor, scale_a: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, bias, scale)  # Rather than the sum, which is larger and lives no
+        return _shifted(x, bias)  # longer for anyone else.
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        v, scale = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, bias, scale = ctx.saved_tensors
+        v = _shifted(x, bias)
         grad = grad / scale
         inside = v.abs() <= scale
         sign = torch.where(v >= 0, 1.0, -1.0)
         of_scale = grad * (sign - torch.where(inside, v / scale, 0.0))
-        return torch.where(inside, grad, 0.0), of_scale.sum() / math.sqrt(v.numel()), None
+        passed = torch.where(inside, grad, 0.0)
+        of_bias = passed.sum((0, 2, 3)).to(bias.dtype)
+        return passed.to(x.dtype), of_bias, of_scale.sum() / math.sqrt(v.numel()), None
+
+
+def _shifted(x: Tensor, bias: Tensor) -> Tensor:
+    return x + bias.float().view(-1, 1, 1)
 
 
 class _DividedGradient(torch.autograd.Function):
