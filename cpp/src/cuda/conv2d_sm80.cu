@@ -230,7 +230,9 @@ __device__ void multiply_streamed(const TileConv& args) {
       const uint32_t halo = (conv.at.halo + step % kHaloStages * plan.stage_bytes()) / kChunkBytes;
       const uint32_t weights = conv.at.weights / kChunkBytes +
                                index % kStreamStages * kStreamPairs * 2 * kStreamedChannels;
-      for (int32_t k = 0; k < min(conv.taps - first, kStreamPairs); ++k) {
+      // What a warp without a run would multiply may just be loading.
+      const int32_t pairs = unit.run < plan.runs ? min(conv.taps - first, kStreamPairs) : 0;
+      for (int32_t k = 0; k < pairs; ++k) {
         multiply_pair(acc, halo + unit.run * kRunPixels, weights + unit.column,
                       conv.tables.pairs[first + k]);
       }

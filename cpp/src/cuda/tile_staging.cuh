@@ -55,7 +55,7 @@ __device__ PieceRows locate_pieces(const TileOutput& out, const WarpRun<kColumns
 }
 
 __device__ inline int64_t residual_distance(const TileOutput& out) {
-  return static_cast<const uint8_t*>(out.epilogue.residual) - static_cast<uint8_t*>(out.data);
+  return reinterpret_cast<intptr_t>(out.epilogue.residual) - reinterpret_cast<intptr_t>(out.data);
 }
 
 // The residual's pieces of a staging row, on their way to where the values are staged: they wait in
