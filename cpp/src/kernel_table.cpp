@@ -11,15 +11,10 @@ namespace binconv {
 std::span<const Kernel* const> kernel_table() {
   static constexpr const Kernel* kTable[] = {
 #if defined(BINCONV_CUDA)
-      &cuda::kConv2dDirect,
-      // Run in emulation only so far. Behind a row that takes every shape they are chosen by name
-      // alone; once scripts/gpu_check.sh has passed with them, they belong before it.
-      &cuda::kConv2dSm90,
-      &cuda::kConv2dSm80,
+      &cuda::kConv2dSm90,    &cuda::kConv2dSm80, &cuda::kConv2dDirect,
 #endif
 #if defined(__x86_64__)
-      &cpu::kConv2dAvx512,
-      &cpu::kConv2dAvx2,
+      &cpu::kConv2dAvx512,   &cpu::kConv2dAvx2,
 #endif
 #if defined(__aarch64__)
       &cpu::kConv2dNeon,

@@ -536,7 +536,7 @@ void Run::check_bits(const EpilogueCase& which, const std::vector<float>& y, con
 
 void check_on_every_kernel(const Problem& problem, const std::vector<EpilogueCase>& epilogues) {
   const Context shape_context(describe(problem.shape()));
-  for (const Queue& queue : kernel_queues()) {
+  for (const Queue& queue : kernel_queues(problem.shape())) {
     const Context queue_context(describe(queue));
     run_guarded([&] {
       const Run run(problem, queue);

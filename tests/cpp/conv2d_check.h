@@ -121,7 +121,7 @@ class Run {
   Buffer input_;
 };
 
-// The problem on every kernel of the chosen device.
+// The problem on every kernel of the chosen device that takes it.
 void check_on_every_kernel(const Problem& problem,
                            const std::vector<EpilogueCase>& epilogues = {{}});
 

@@ -110,6 +110,29 @@ const std::vector<Queue>& kernel_queues() {
   return all;
 }
 
+bool takes(const Queue& queue, const Conv2dShape& shape) {
+  try {
+    kernel_name(shape, queue);
+  } catch (const Error& error) {
+    if (error.status() != Status::kNotSupported) throw;
+    return false;
+  }
+  return true;
+}
+
+std::vector<Queue> kernel_queues(const Conv2dShape& shape) {
+  const std::string chosen = kernel_name(shape, queues()[0]);
+  std::vector<Queue> taking;
+  bool has_chosen = false;
+  for (const Queue& queue : kernel_queues()) {
+    if (!takes(queue, shape)) continue;
+    taking.push_back(queue);
+    has_chosen |= queue.kernel() == chosen;
+  }
+  if (!has_chosen) throw std::logic_error(chosen + " is chosen for a shape that it does not take");
+  return taking;
+}
+
 Queue sibling_queue(const Queue& queue) {
   return queue.is_cuda() ? new_cuda_queue(queue.device()).with_kernel(queue.kernel()) : queue;
 }

@@ -18,8 +18,14 @@ bool& use_cuda();  // Set once, from the command line.
 // stream. Throws Skip where there is no such device.
 const std::vector<Queue>& queues();
 
-// The same queues, each held to each of its available kernels.
+// The same queues, each held to each of its available kernels, which take all common shapes.
 const std::vector<Queue>& kernel_queues();
+
+// Whether the queue's kernel takes a shape, which is a valid one.
+bool takes(const Queue& queue, const Conv2dShape& shape);
+
+// The kernel queues that take the shape; among them is the kernel that the library itself chooses.
+std::vector<Queue> kernel_queues(const Conv2dShape& shape);
 
 // A queue like this one on which work runs at the same time: another stream of the same device.
 Queue sibling_queue(const Queue& queue);

@@ -21,7 +21,7 @@ void fuzz_one(uint64_t seed) {
   const Problem problem(shape, seed);
   const auto placement = random.pick({Placement::kStart, Placement::kEnd, Placement::kOffEnd});
   const EpilogueCase first = random_epilogue(random), second = random_epilogue(random);
-  for (const binconv::Queue& queue : kernel_queues()) {
+  for (const binconv::Queue& queue : kernel_queues(shape)) {
     const Context queue_context(describe(queue));
     run_guarded([&] {
       const Run run(problem, queue, placement);

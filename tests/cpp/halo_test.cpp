@@ -16,9 +16,7 @@ namespace {
 
 using namespace cuda;
 
-constexpr HaloLimits kHopper{132, 227 * 1024, 4, 32};
-constexpr HaloLimits kAda{142, 99 * 1024, 4, 64};
-constexpr HaloLimits kFewProcessors{2, 227 * 1024, 4, 32};
+constexpr int kFewProcessors = 2;
 
 struct Sample {
   Conv2dShape shape;
@@ -31,8 +29,10 @@ std::vector<Sample> samples() {
   for (uint64_t seed = 0; all.size() < 600; ++seed) {
     Random random(seed);
     const Conv2dShape shape = random_shape(random);
-    if (shape.batch == 0 || !halo_accepts(shape, kAda.shared_bytes)) continue;
-    for (const HaloLimits& limits : {kHopper, kAda, kFewProcessors}) {
+    if (shape.batch == 0 || !halo_accepts(shape, kSm80Limits)) continue;
+    for (HaloLimits limits : {kSm90Limits, kSm80Limits}) {
+      all.push_back({shape, limits, plan_halo(shape, limits)});
+      limits.multiprocessors = kFewProcessors;
       all.push_back({shape, limits, plan_halo(shape, limits)});
     }
   }
@@ -63,7 +63,6 @@ Source source_at(const Conv2dShape& s, const HaloPlan& plan, const std::array<in
 bool reads_what_it_must(const Sample& sample, const std::array<int64_t, 3>& tile) {
   const Conv2dShape& s = sample.shape;
   const HaloPlan& plan = sample.plan;
-  const HaloTables tables = halo_tables(s, plan);
   for (int64_t i = 0; i < plan.tile_rows * plan.tile_images; ++i) {
     for (int64_t j = 0; j < plan.tile_columns; ++j) {
       const int64_t n = tile[0] + i % plan.tile_images, p = tile[1] + i / plan.tile_images;
@@ -76,7 +75,7 @@ bool reads_what_it_must(const Sample& sample, const std::array<int64_t, 3>& tile
           const int64_t h = p * s.stride_height - s.pad_top + kh * s.dilation_height;
           const int64_t w = q * s.stride_width - s.pad_left + kw * s.dilation_width;
           const bool inside = h >= 0 && h < s.in_height && w >= 0 && w < s.in_width;
-          const int64_t place = flat + tables.shifts[tap];
+          const int64_t place = flat + tap_shift(s, plan, tap);
           if (place / plan.region_pixels >= plan.phases()) return false;
           const Source source = source_at(s, plan, tile, place);
           if (inside != source.is_inside) return false;
@@ -99,8 +98,11 @@ TEST(Halo, PlansFitAndCoverTheOutput) {
     CHECK((plan.column_tiles - 1) * plan.tile_columns < shape.out_width());
     const int64_t image_tiles = plan.tiles / plan.row_tiles / plan.column_tiles;
     CHECK(image_tiles * plan.tile_images >= shape.batch);
-    CHECK(halo_layout(plan, shape.weight).total <= limits.shared_bytes);
-    CHECK(!plan.is_streamed || plan.runs <= limits.streamed_runs);
+    CHECK(halo_layout(plan).total <= limits.shared_bytes);
+    CHECK(!plan.is_streamed || plan.runs <= limits.runs_at_once);
+    CHECK(plan.halo_stages >= kLeastStages && plan.halo_stages <= limits.most_halo_stages);
+    CHECK(!plan.is_streamed || plan.parts >= kLeastStages);
+    CHECK(!plan.is_streamed || plan.parts <= limits.most_streamed_parts);
     const int channels = plan.block_channels;
     CHECK(channels == 32 || channels == 64 || channels == 128);
     CHECK(channels >= (plan.is_streamed ? 128 : limits.least_channels));
@@ -129,17 +131,25 @@ TEST(Halo, PairsHoldEveryChunkOfEveryTapOnce) {
     const int64_t chunk_step = int64_t{plan.phases()} * plan.region_pixels;
     // Streamed weights: of two chunks, in the order of their taps.
     const int64_t chunks = plan.is_streamed ? 2 : weight.chunks;
+    const int64_t part_rows = plan.part_bytes() / kChunkBytes;
     std::vector<int> seen(chunks * weight.taps);
     for (int64_t i = 0; i < plan.pairs; ++i) {
       const HaloPair& pair = tables.pairs[i];
       for (int64_t half = 0; half < 2; ++half) {
         const int64_t halo = (pair.halo & 0xffff) + half * (pair.halo >> 16);
-        int64_t atom =
-            ((pair.weights & 0xffff) + half * (pair.weights >> 16)) / plan.block_channels;
-        if (plan.is_streamed) atom = half * weight.taps + i;
-        if (atom == chunks * weight.taps) continue;  // The zeros behind the weights.
-        CHECK(atom < chunks * weight.taps);
-        CHECK_EQ(halo, atom / weight.taps * chunk_step + tables.shifts[atom % weight.taps]);
+        const int64_t row = (pair.weights & 0xffff) + half * (pair.weights >> 16);
+        const int64_t in_part = row % part_rows / kCoreRows;
+        const int64_t chunk = row / part_rows * plan.part_chunks + in_part / plan.part_taps;
+        const int64_t tap = plan.is_streamed ? i : in_part % plan.part_taps;
+        if (tap == weight.taps) {  // The zeros behind the weights.
+          CHECK(weight.chunks % 2 == 1);
+          CHECK_EQ(chunk, weight.chunks - 1);
+          continue;
+        }
+        CHECK(chunk < chunks && tap < weight.taps);
+        const int64_t atom = chunk * weight.taps + tap;
+        CHECK_EQ(halo,
+                 atom / weight.taps * chunk_step + tap_shift(shape, plan, atom % weight.taps));
         ++seen[atom];
       }
     }
@@ -178,7 +188,7 @@ TEST(Halo, ShapesThatTheTensorCoresCannotTakeAreLeftToAnotherKernel) {
   const auto accepts = [](auto change) {
     Conv2dShape shape = shape_3x3(2, 256, 16, 16, 256);
     change(shape);
-    return halo_accepts(shape, kHopper.shared_bytes);
+    return halo_accepts(shape, kSm90Limits);
   };
   CHECK(accepts([](Conv2dShape&) {}));
   CHECK(accepts([](Conv2dShape& s) { s.weight.groups = 2; }));

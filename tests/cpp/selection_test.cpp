@@ -29,15 +29,42 @@ std::vector<Conv2dShape> sample_shapes() {
   return shapes;
 }
 
+constexpr int kCapabilities[] = {75, 80, 86, 87, 89, 90, 100, 103, 120};
+
 std::vector<Target> targets() {
   std::vector<Target> all = {kPlainCpu, kAvx2Cpu, kAvx512Cpu, kNeonCpu};
   if (*cuda_architectures() == '\0') return all;
-  for (int capability : {75, 80, 86, 89, 90, 100, 120}) all.push_back(gpu(capability));
+  for (int capability : kCapabilities) all.push_back(gpu(capability));
   return all;
 }
 
 std::string chosen(const Target& target, const char* forced = nullptr) {
   return select_kernel(shape_3x3(1, 64, 8, 8, 64), target, forced).name;
+}
+
+bool has_machine_code(const std::string& architecture) {
+  const std::string all = " " + std::string(cuda_architectures()) + " ";  // " 80-real 90a-real "
+  const auto has = [&](const std::string& name) { return all.find(name) != std::string::npos; };
+  return has(" " + architecture + " ") || has(" " + architecture + "-real ");
+}
+
+// The kernel for that GPU's tensor cores, if the build has it and there is one.
+std::string tensor_core_kernel(int capability) {
+  if (capability == 90 && has_machine_code("90a")) return "cuda_sm90";
+  const bool is_ampere_or_ada = capability == 80 || capability == 86 || capability == 89;
+  return is_ampere_or_ada && has_machine_code("80") ? "cuda_sm80" : "";
+}
+
+// Each for a reason of its own.
+std::vector<Conv2dShape> shapes_for_no_tensor_core() {
+  std::vector<Conv2dShape> shapes(6, shape_3x3(2, 64, 40, 40, 64));
+  shapes[0].weight.groups = 8;
+  shapes[1].stride_height = 9;
+  shapes[2].weight.kernel_height = shapes[2].weight.kernel_width = 12;
+  shapes[3].weight.in_channels = 1 << 20;
+  shapes[4].in_width = 1;  // A window with padding at both ends.
+  shapes[5].dilation_height = 1 << 10, shapes[5].pad_top = 1 << 11;
+  return shapes;
 }
 
 }  // namespace
@@ -147,10 +174,29 @@ TEST(Selection, GpuBelowSm75IsNotSupported) {
   }
 }
 
+TEST(Selection, GpuTakesTheKernelForItsTensorCores) {
+  if (*cuda_architectures() == '\0') throw Skip{"built without CUDA"};
+  for (int capability : kCapabilities) {
+    const Context context("compute capability " + std::to_string(capability));
+    const std::string kernel = tensor_core_kernel(capability);
+    CHECK_EQ(chosen(gpu(capability)), kernel.empty() ? "cuda_direct" : kernel);
+  }
+  if (has_machine_code("90a")) CHECK_EQ(chosen(gpu(90), "cuda_sm80"), std::string("cuda_sm80"));
+}
+
 TEST(Selection, DirectKernelIsTheFallbackOfEveryGpu) {
   if (*cuda_architectures() == '\0') throw Skip{"built without CUDA"};
-  for (int capability : {75, 80, 86, 89, 90, 100, 120}) {
+  for (int capability : kCapabilities) {
+    const std::string kernel = tensor_core_kernel(capability);
     CHECK_EQ(chosen(gpu(capability), "cuda_direct"), std::string("cuda_direct"));
+    for (const Conv2dShape& shape : shapes_for_no_tensor_core()) {
+      const Context context(describe(shape));
+      CHECK_EQ(std::string(select_kernel(shape, gpu(capability), nullptr).name),
+               std::string("cuda_direct"));
+      if (kernel.empty()) continue;
+      CHECK_ERROR(select_kernel(shape, gpu(capability), kernel.c_str()), Status::kNotSupported,
+                  "kernel", kernel, "shape");
+    }
     for (const Conv2dShape& shape : sample_shapes()) {
       CHECK(select_kernel(shape, gpu(capability), "cuda_direct").accepts(shape));
     }

@@ -41,7 +41,8 @@ int64_t random_extent(Random& random) {
 }
 
 // Of those that tensor cores take, which test::random_shape seldom draws.
-Conv2dShape random_tensor_core_shape(Random& random, int64_t shared_bytes, int64_t max_work) {
+Conv2dShape random_tensor_core_shape(Random& random, const cuda::HaloLimits& limits,
+                                     int64_t max_work) {
   constexpr int64_t kMaxValues = 10'000'000;
   for (;;) {
     Conv2dShape s;
@@ -61,7 +62,7 @@ Conv2dShape random_tensor_core_shape(Random& random, int64_t shared_bytes, int64
     }
     s.pad_value = static_cast<int>(random.between(-1, 1));
     if (s.out_height() < 1 || s.out_width() < 1) continue;
-    if (!cuda::halo_accepts(s, shared_bytes)) continue;
+    if (!cuda::halo_accepts(s, limits)) continue;
     const int64_t group_channels = s.weight.in_channels / s.weight.groups;
     const int64_t window = group_channels * s.weight.kernel_height * s.weight.kernel_width;
     const int64_t pixels = s.batch * s.out_height() * s.out_width();
@@ -74,10 +75,12 @@ Conv2dShape random_tensor_core_shape(Random& random, int64_t shared_bytes, int64
 // Warps multiply slowly here: their lanes meet for every instruction.
 Conv2dShape shape_for(const std::string& kernel, Random& random) {
   if (kernel == "cuda_sm90") {
-    return random_tensor_core_shape(random, device().shared_bytes, 300'000'000);
+    cuda::HaloLimits limits = cuda::kSm90Limits;
+    limits.shared_bytes = device().shared_bytes;
+    return random_tensor_core_shape(random, limits, 300'000'000);
   }
   if (kernel == "cuda_sm80") {
-    return random_tensor_core_shape(random, kAda.shared_bytes, 10'000'000);
+    return random_tensor_core_shape(random, cuda::kSm80Limits, 10'000'000);
   }
   return random_shape(random);
 }

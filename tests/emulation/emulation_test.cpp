@@ -49,9 +49,9 @@ void check_largest_sums(const char* kernel) {
       .in_height = 1,
       .in_width = 1,
       .weight = {.out_channels = 2, .in_channels = 1, .kernel_height = 1, .kernel_width = 1}};
-  while (cuda::halo_accepts(shape, kHopper.shared_bytes)) shape.weight.in_channels += 128;
+  while (cuda::halo_accepts(shape, cuda::kSm90Limits)) shape.weight.in_channels += 128;
   shape.weight.in_channels = (shape.weight.in_channels - 1) / 128 * 128;
-  CHECK(cuda::halo_accepts(shape, kHopper.shared_bytes));
+  CHECK(cuda::halo_accepts(shape, cuda::kSm90Limits));
   for (int weight : {-1, 1}) {
     const Problem problem = Problem::constant(shape, 1, weight);
     Run(problem, queues()[0].with_kernel(kernel)).check({});

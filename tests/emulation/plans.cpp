@@ -23,10 +23,10 @@ std::optional<HaloPlan> draw_plan(const Conv2dShape& shape, const HaloLimits& li
   const int64_t images = columns < out_width && !random.one_in(3)
                              ? 1
                              : std::min(shape.batch, random.pick<int64_t>({1, 1, 2, 3, 4, 8}));
-  const Planner planner(shape, channels, is_streamed);
-  const HaloPlan plan = planner.plan(rows, columns, images, pitch_of(planner.columns(), columns));
-  if (is_streamed && plan.runs > limits.streamed_runs) return std::nullopt;
-  if (!planner.fits(plan, limits.shared_bytes)) return std::nullopt;
+  const Planner planner(shape, limits, channels, is_streamed);
+  HaloPlan plan = planner.plan(rows, columns, images, pitch_of(planner.columns(), columns));
+  if (is_streamed && plan.runs > limits.runs_at_once) return std::nullopt;
+  if (!planner.fit(plan)) return std::nullopt;
   return plan;
 }
 

@@ -15,7 +15,7 @@
 namespace binconv::emulation {
 namespace {
 
-constexpr int kRows = 64, kMaxColumns = 128;
+constexpr int kRows = 64, kMaxColumns = 144;
 constexpr int kRowWords = 4;  // 256 bits.
 constexpr int kWarpgroups = kMaxThreads / kWarpgroup;
 constexpr int32_t kNonsense = 0x7ead0000;

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-NO_GPU = "no CUDA GPU"
+NO_GPU = "no CUDA GPU that this build of binconv can use"
 
 
 def pytest_addoption(parser):
@@ -23,7 +23,9 @@ def has_gpu():
         return False
     import torch
 
-    return torch.cuda.is_available()
+    import binconv
+
+    return torch.cuda.is_available() and bool(binconv.cuda_devices())
 
 
 def pytest_collection_modifyitems(items):
@@ -41,12 +43,18 @@ def pytest_terminal_summary(terminalreporter, config):
     terminalreporter.write_line(f"{count} tests were skipped for want of a CUDA GPU")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    if request.param == "cuda":
+@pytest.fixture(autouse=True)
+def _settings_of_cudnn(request, monkeypatch):
+    """On a GPU float32 is float32, and what a test changes holds for that test alone."""
+    if request.node.get_closest_marker("gpu"):
         import torch
 
-        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        for name in ("allow_tf32", "benchmark", "deterministic"):
+            monkeypatch.setattr(torch.backends.cudnn, name, False)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
     return request.param
 
 

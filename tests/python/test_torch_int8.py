@@ -105,8 +105,7 @@ def test_the_gradient_is_that_of_the_signs(device):
     reference = reference_torch.conv2d_of_signs(*signs, padding=1)
     scale = layer.scale.detach().cpu().double().view(-1, 1, 1)
     (of_weight,) = torch.autograd.grad(reference, signs[1], grad.cpu().double() * scale)
-    error = (layer.weight.grad.cpu().double() - of_weight).abs().max()
-    assert error <= 4 * 2**-24 * of_weight.abs().max()
+    reference_torch.assert_gradient_is(layer.weight.grad, of_weight, rounding=4 * 2**-24)
     of_scale = (grad.cpu().double() * acc).sum((0, 2, 3))
     reference_torch.assert_gradient_is(layer.scale.grad, of_scale)
 
@@ -129,7 +128,8 @@ def test_compiled_layers_give_weights_of_one_byte_their_gradient(device, kind, c
     compiled(x).square().sum().backward()
     got, layer.weight.grad = layer.weight.grad, None
     layer(x).square().sum().backward()
-    torch.testing.assert_close(got, layer.weight.grad, rtol=1e-5, atol=1e-5)
+    expected = layer.weight.grad.cpu().double()
+    reference_torch.assert_gradient_is(got, expected, rounding=1e-5)
 
 
 def test_moving_a_model_keeps_weights_and_gradients_of_one_byte(device):

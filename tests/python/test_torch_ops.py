@@ -3,8 +3,10 @@
 import itertools
 import re
 import shutil
+import sysconfig
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import reference
@@ -73,30 +75,31 @@ def test_pack_bits_matches_reference(device, channels, dtype):
     assert torch.equal(bits.data.cpu(), packed_reference(x >= 0))
 
 
-def strided_views():
-    g = generator(1)
-    x = random_values(g, 2, 12, 6, 8)
-    yield "contiguous", x
-    yield "channels_last", channels_last(x)
-    yield "sliced_width", random_values(g, 2, 12, 6, 16)[..., ::2]
-    yield "sliced_channels", random_values(g, 2, 24, 6, 8)[:, 3:15]
-    yield "sliced_batch", random_values(g, 6, 12, 6, 8)[1::3]
-    yield "channels_last_sliced", channels_last(random_values(g, 2, 12, 9, 9))[:, :, 1:7, :8]
-    yield "offset_by_one_value", random_values(g, 2 * 12 * 6 * 8 + 1)[1:].view(2, 12, 6, 8)
-    yield "expanded_batch", random_values(g, 1, 12, 6, 8).expand(2, -1, -1, -1)
-    yield "expanded_channels", random_values(g, 2, 1, 6, 8).expand(-1, 12, -1, -1)
-    yield "transposed", random_values(g, 2, 12, 8, 6).transpose(2, 3)
-    yield "flipped", x.flip(3)
-    yield "permuted", random_values(g, 8, 6, 12, 2).permute(3, 2, 1, 0)
+# Made of tensors on the device: a copy to it would have other strides.
+VIEWS = {
+    "contiguous": lambda values: values(2, 12, 6, 8),
+    "channels_last": lambda values: channels_last(values(2, 12, 6, 8)),
+    "sliced_width": lambda values: values(2, 12, 6, 16)[..., ::2],
+    "sliced_channels": lambda values: values(2, 24, 6, 8)[:, 3:15],
+    "sliced_batch": lambda values: values(6, 12, 6, 8)[1::3],
+    "channels_last_sliced": lambda values: channels_last(values(2, 12, 9, 9))[:, :, 1:7, :8],
+    "offset_by_one_value": lambda values: values(2 * 12 * 6 * 8 + 1)[1:].view(2, 12, 6, 8),
+    "expanded_batch": lambda values: values(1, 12, 6, 8).expand(2, -1, -1, -1),
+    "expanded_channels": lambda values: values(2, 1, 6, 8).expand(-1, 12, -1, -1),
+    "transposed": lambda values: values(2, 12, 8, 6).transpose(2, 3),
+    "flipped": lambda values: values(2, 12, 6, 8).flip(3),
+    "permuted": lambda values: values(8, 6, 12, 2).permute(3, 2, 1, 0),
+}
 
 
-VIEWS = dict(strided_views())
+def view_on(device, view):
+    return VIEWS[view](lambda *shape: random_values(generator(1), *shape).to(device))
 
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_pack_bits_takes_any_strides(device, view):
-    x = VIEWS[view].to(device)
-    assert torch.equal(pack_bits(x).data.cpu(), packed_reference(VIEWS[view] >= 0))
+    x = view_on(device, view)
+    assert torch.equal(pack_bits(x).data.cpu(), packed_reference(x >= 0))
 
 
 def test_special_values_pack_by_the_convention(device):
@@ -125,9 +128,10 @@ def test_channel_thresholds(device, dtype):
     threshold = torch.randn(33, generator=g)
     threshold[::4] = x[0, ::4, 0, 0].float()
     expected = packed_reference(x.float() >= threshold.reshape(-1, 1, 1))
-    assert torch.equal(pack_bits(x.to(device), threshold.to(device)).data.cpu(), expected)
+    x, threshold = x.to(device), threshold.to(device)
     strided = torch.stack((threshold, threshold), 1)[:, 0]
-    assert torch.equal(pack_bits(x.to(device), strided.to(device)).data.cpu(), expected)
+    for limits in (threshold, strided):
+        assert torch.equal(pack_bits(x, limits).data.cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", VALUES, ids=name_of)
@@ -354,8 +358,8 @@ def test_positional_arguments_are_those_of_f_conv2d(device):
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_convolution_takes_any_strides(device, view):
-    x = VIEWS[view].to(device)
-    w = random_values(generator(14), 5, 12, 3, 3)
+    x = view_on(device, view)
+    w = random_values(generator(14), 5, 12, 3, 3).to(device)
     acc = reference_torch.conv2d(x, w, padding=1)
     weights = {
         "contiguous": w,
@@ -363,7 +367,7 @@ def test_convolution_takes_any_strides(device, view):
         "strided": torch.stack((w, w), -1)[..., 0],
     }
     for name, weight in weights.items():
-        got = binary_conv2d(x, weight.to(device), padding=1)
+        got = binary_conv2d(x, weight, padding=1)
         assert torch.equal(got.cpu().double(), acc), name
 
 
@@ -1239,6 +1243,17 @@ def test_opcheck_of_the_differentiable_operators_with_gradients(device):
     assert checked
 
 
+def skip_without_inductor(device):
+    """Inductor compiles C++ for the CPU, and for a GPU what Triton starts its kernels with."""
+    names = ("g++", "clang++") if device == "cpu" else ("cc", "gcc", "clang")
+    if not any(map(shutil.which, names)):
+        pytest.skip(f"none of the compilers {', '.join(names)} for inductor")
+    if device == "cuda":
+        pytest.importorskip("triton")
+        if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+            pytest.skip("no Python.h for Triton")
+
+
 def small_network(device):
     g = generator(37)
     w1 = random_values(g, 12, 16, 3, 3).to(device).requires_grad_()
@@ -1280,8 +1295,7 @@ def test_compiled_with_dynamic_shapes_equals_eager(device):
 
 
 def test_compiled_by_inductor_equals_eager(device):
-    if device == "cpu" and not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("no C++ compiler for inductor")
+    skip_without_inductor(device)
     compiled_equals_eager(device, "inductor")
 
 
@@ -1305,9 +1319,8 @@ def test_compiled_packed_chain_equals_eager(device):
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_clamp_and_prelu_equal_eager(device, backend):
-    compiles_cpp = backend == "inductor" and device == "cpu"
-    if compiles_cpp and not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("no C++ compiler for inductor")
+    if backend == "inductor":
+        skip_without_inductor(device)
     g = generator(41)
     w = random_values(g, 20, 40, 3, 3).to(device)
     shift, slope = integers(g, 20).to(device), powers_of_two(g, 20).to(device)
@@ -1336,13 +1349,17 @@ def test_compiled_clamp_and_prelu_equal_eager(device, backend):
             w.requires_grad_(requires_grad)
             slope.requires_grad_(requires_grad)
             y, bits = function(leaves[0])
-            results.append([y.detach(), bits])
+            gradients = ()
             if requires_grad:
                 grad = integers(generator(42), *y.shape).to(device)
-                results[-1] += torch.autograd.grad(y, [leaves[0], w, slope], grad)
-        for eager, got in zip(*results, strict=True):
+                gradients = torch.autograd.grad(y, [leaves[0], w, slope], grad)
+            results.append(((y.detach(), bits), gradients))
+        (eager_outputs, eager_gradients), (outputs, gradients) = results
+        for got, eager in zip(outputs, eager_outputs, strict=True):
             assert torch.equal(got, eager)
             assert got.stride() == eager.stride()
+        for got, eager in zip(gradients, eager_gradients, strict=True):
+            assert_gradient_is(got, eager.cpu().double())
 
 
 @pytest.mark.parametrize("mode", ["meta", "fake"])

@@ -372,12 +372,15 @@ REACT = {"ste": "approx_sign", "weight_scale": "learnable", "input_shift": True}
 
 
 @pytest.mark.parametrize("options", [{}, REACT, {"ste": "ede", "weight_ste": "ede"}], ids=str)
-def test_compiled_fullgraph_forward_and_backward(device, options):
+def test_compiled_fullgraph_forward_and_backward(device, options, monkeypatch):
+    # The compiler replaces cuDNN's batch normalization by another, whose roundings would move
+    # values near zero, and near the next 8-bit code, to the other side.
+    monkeypatch.setattr(torch.backends.cudnn, "enabled", False)
     model, x = network(device, **options), torch.randn(4, 3, 8, 8, device=device)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for got, eager in zip(gradients_of(compiled, x), gradients_of(model, x), strict=True):
-        torch.testing.assert_close(got, eager, rtol=1e-5, atol=1e-6)
+        reference_torch.assert_gradient_is(got, eager.cpu().double(), rounding=1e-5)
 
 
 def test_a_moving_ede_schedule_stays_compiled(device):
@@ -498,6 +501,7 @@ def test_cuda_graph_of_a_training_step():
     model = network("cuda", **REACT)
     x = torch.randn(4, 3, 8, 8, device="cuda")
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             model.zero_grad()

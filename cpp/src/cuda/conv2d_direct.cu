@@ -4,6 +4,7 @@
 #include "cuda/launch.cuh"
 #include "cuda/numeric.cuh"
 #include "cuda/prepared_weight.h"
+#include "cuda/tap_bits.cuh"
 
 // Popcount convolution on plain cores, for any shape and any GPU. The lanes of a warp are 32
 // consecutive output channels, so that weights load coalesced and activations broadcast, and each
@@ -20,7 +21,7 @@ constexpr int kBlockPixels = kThreads / kWarpSize * kPixels;
 struct Conv {
   const uint8_t* input;
   const uint4* weights;
-  const int32_t* tap_counts;
+  TapBits tap_bits;
   PreparedLayout prepared;
   int64_t pixel_bytes;
   uint32_t in_height, in_width;
@@ -96,7 +97,7 @@ struct ByteLoad {
 template <class Load>
 __device__ void subtract_differences(const Conv& conv, const uint8_t* const (&groups)[kPixels],
                                      const uint4* weights, int32_t (&acc)[kPixels]) {
-  const int64_t chunk_step = conv.prepared.taps * conv.prepared.channels;
+  const int64_t chunk_step = conv.prepared.taps * kCoreRows;
   const int words = ceil_div(conv.group_in_channels, kWordBits);
 #pragma unroll 1
   for (int word = 0; word < words; word += Load::kWords) {
@@ -121,12 +122,13 @@ template <class Load>
 __device__ void convolve(const Conv& conv, const Window& lane_window, int64_t channel,
                          int64_t group, int32_t (&acc)[kPixels]) {
   const uint8_t* input = conv.input + group * (conv.group_in_channels / 8);
-  const uint4* weights = conv.weights + channel;
-  const int32_t* tap_count = conv.tap_counts + channel;
+  const uint4* weights = conv.weights + conv.prepared.chunk_index(channel, 0, 0);
   for (int32_t& value : acc) value = conv.prepared.taps * conv.group_in_channels;
   for (uint32_t i = 0; i < conv.kernel_height; ++i) {
     for (uint32_t j = 0; j < conv.kernel_width; ++j) {
       const int64_t lane_offset = tap_offset(conv, lane_window, i, j);
+      const bool has_padding =
+          conv.pad_value != -1 && __ballot_sync(kWholeWarp, lane_offset == kOutside) != 0;
       const uint8_t* groups[kPixels];
 #pragma unroll
       for (int p = 0; p < kPixels; ++p) {
@@ -134,12 +136,15 @@ __device__ void convolve(const Conv& conv, const Window& lane_window, int64_t ch
         groups[p] = offset == kOutside ? nullptr : input + offset;
       }
       subtract_differences<Load>(conv, groups, weights, acc);
-      // Outside, where zeros were read, this makes it pad_value, as derived in docs/conventions.md.
-      const int32_t padding = (conv.pad_value + 1) * (2 * *tap_count - conv.group_in_channels);
+      if (has_padding) {
+        // Outside, where zeros were read, this makes it pad_value (docs/conventions.md).
+        const int32_t row = static_cast<int32_t>(i), column = static_cast<int32_t>(j);
+        const int32_t bits = conv.tap_bits.count({row, row + 1}, {column, column + 1}, channel);
+        const int32_t padding = (conv.pad_value + 1) * (2 * bits - conv.group_in_channels);
 #pragma unroll
-      for (int p = 0; p < kPixels; ++p) acc[p] += groups[p] ? 0 : padding;
-      weights += conv.prepared.channels;
-      tap_count += conv.prepared.channels;
+        for (int p = 0; p < kPixels; ++p) acc[p] += groups[p] ? 0 : padding;
+      }
+      weights += kCoreRows;
     }
   }
 }
@@ -179,7 +184,8 @@ Conv conv_of(const Conv2dArgs& args) {
   const auto narrow = [](int64_t extent) { return static_cast<uint32_t>(extent); };
   return {.input = args.input,
           .weights = reinterpret_cast<const uint4*>(args.prepared_weight),
-          .tap_counts = reinterpret_cast<const int32_t*>(args.prepared_weight + layout.bit_bytes()),
+          .tap_bits = {reinterpret_cast<const int32_t*>(args.prepared_weight + layout.bit_bytes()),
+                       layout.channels, static_cast<int32_t>(weight.kernel_width)},
           .prepared = layout,
           .pixel_bytes = packed_bytes(weight.in_channels),
           .in_height = narrow(shape.in_height),

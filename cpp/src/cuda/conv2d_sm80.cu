@@ -26,8 +26,10 @@ constexpr int kColumnBlocks = kUnitChannels / 8;
 constexpr int kStreamedChannels = 128;
 constexpr int kStreamedRuns = kWarps / (kStreamedChannels / kUnitChannels);
 
-// Of 64 pixels and 64 channels, as tile_epilogue.cuh wants 16 pixels of them.
-using Accumulators = int32_t[kRowBlocks][4 * kColumnBlocks];
+// Of 64 pixels and 64 channels, as tile_epilogue.cuh wants 16 pixels of them, and 8 columns of
+// ones.
+constexpr int kSums = 4 * (kColumnBlocks + 1);
+using Accumulators = int32_t[kRowBlocks][kSums];
 
 __device__ void copy_async(const void* from, void* to, bool is_inside) {
   CopyAsync::copy(*static_cast<const cute::uint128_t*>(from), *static_cast<cute::uint128_t*>(to),
@@ -61,42 +63,34 @@ __device__ void load_halo(const HaloConv& conv, const TilePosition& tile, int32_
   }
 }
 
-// Starts to load 16 bytes of the weights of one chunk and tap, atom = chunk * taps + tap, to a
-// place in units of 16 bytes.
-__device__ void load_weights(const HaloConv& conv, int32_t atom, int32_t channel, int32_t to) {
-  const int64_t from = atom * conv.prepared_channels + first_channel(conv) + channel;
-  copy_async(conv.weights + from * kChunkBytes, shared<uint4>(conv.at.weights) + to, true);
+// Starts to load `taps` taps of one chunk of the block's weights, from tap `tap`, to chunk `chunk`
+// of a part in shared memory.
+__device__ void load_weights(const HaloConv& conv, int32_t chunk, int32_t tap, int32_t taps,
+                             int32_t part) {
+  const HaloPlan& plan = conv.plan;
+  const int32_t first = first_channel(conv) / kCoreRows, rows = taps * kCoreRows;
+  uint4* to = shared<uint4>(conv.at.weights + part * plan.part_bytes()) +
+              chunk % plan.part_chunks * plan.part_taps * kCoreRows;
+  for (int32_t i = threadIdx.x; i < plan.block_channels / kCoreRows * rows; i += kThreads) {
+    const int32_t group = i / rows, row = i - group * rows;
+    const int64_t from = (int64_t{first + group} * conv.chunks + chunk) * conv.taps + tap;
+    copy_async(conv.weights + from * kCoreRows + row,
+               to + group * plan.part_atoms() * kCoreRows + row, true);
+  }
 }
 
 __device__ void load_resident_weights(const HaloConv& conv) {
-  const int32_t channels = conv.plan.block_channels;
-  for (int32_t i = threadIdx.x; i < conv.chunks * conv.taps * channels; i += kThreads) {
-    const int32_t atom = i / channels;
-    load_weights(conv, atom, i - atom * channels, i);
+  for (int32_t chunk = 0; chunk < conv.chunks; ++chunk) {
+    load_weights(conv, chunk, 0, conv.taps, chunk / conv.plan.part_chunks);
   }
 }
 
-// Starts to load the pairs of up to kStreamPairs taps from `first` for chunks 2 * step, 2 * step
-// + 1.
-__device__ void stream_weights(const HaloConv& conv, int32_t step, int32_t first, int slot) {
-  const int32_t channels = conv.plan.block_channels;
-  const int32_t atoms = 2 * min(conv.taps - first, kStreamPairs);
-  for (int32_t i = threadIdx.x; i < atoms * channels; i += kThreads) {
-    const int32_t atom = i / channels, channel = i - atom * channels;
-    const int32_t half = atom % 2, tap = atom / 2;
-    // Where the number of chunks is odd, the last pair's second half meets a halo of zeros.
-    const int32_t chunk = min(2 * step + half, conv.chunks - 1);
-    load_weights(conv, chunk * conv.taps + first + tap, channel,
-                 ((2 * slot + half) * kStreamPairs + tap) * channels + channel);
-  }
-}
-
-__device__ void load_tap_counts(const HaloConv& conv) {
-  const int32_t channels = conv.plan.block_channels;
-  for (int32_t i = threadIdx.x; i < conv.taps * channels; i += kThreads) {
-    const int32_t tap = i / channels;
-    shared<int32_t>(conv.at.tap_counts)[i] =
-        conv.tap_counts[tap * conv.prepared_channels + first_channel(conv) + i - tap * channels];
+// Starts to load the pairs of up to kStreamTaps taps from `first` for chunks 2 * step, 2 * step
+// + 1. Where the second does not exist, what is there meets a halo of zeros.
+__device__ void stream_weights(const HaloConv& conv, int32_t step, int32_t first, int part) {
+  const int32_t taps = min(conv.taps - first, kStreamTaps);
+  for (int32_t chunk = 2 * step; chunk < min(2 * step + 2, conv.chunks); ++chunk) {
+    load_weights(conv, chunk, first, taps, part);
   }
 }
 
@@ -107,31 +101,41 @@ __device__ void load_matrices(uint32_t unit, uint32_t (&matrices)[4]) {
 }
 
 // halo, weights: where the warp's pixels and channels start, in units of 16 bytes.
-__device__ void multiply_pair(Accumulators& acc, uint32_t halo, uint32_t weights,
-                              const HaloPair& pair) {
+__device__ void multiply_pair(Accumulators& acc, const HaloConv& conv, uint32_t halo,
+                              uint32_t weights, const HaloPair& pair) {
   const uint32_t lane = threadIdx.x % kWarpSize;
+  const uint32_t group_rows = conv.plan.part_atoms() * kCoreRows;
   halo += (pair.halo & 0xffff) + lane % 16 + lane / 16 * (pair.halo >> 16);
-  weights +=
-      (pair.weights & 0xffff) + lane / 16 * 8 + lane % 8 + lane / 8 % 2 * (pair.weights >> 16);
+  weights += (pair.weights & 0xffff) + lane / 16 * group_rows + lane % 8 +
+             lane / 8 % 2 * (pair.weights >> 16);
   uint32_t a[kRowBlocks][4];
 #pragma unroll
   for (int i = 0; i < kRowBlocks; ++i) load_matrices(halo + i * kWarpPixels, a[i]);
+  const auto multiply = [](int32_t* d, const uint32_t (&x)[4], uint32_t low, uint32_t high) {
+    uint32_t sums[4];
+    Multiply::fma(sums[0], sums[1], sums[2], sums[3], x[0], x[1], x[2], x[3], low, high, d[0], d[1],
+                  d[2], d[3]);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) d[s] = static_cast<int32_t>(sums[s]);
+  };
 #pragma unroll
   for (int j = 0; j < kColumnBlocks; j += 2) {
     uint32_t b[4];
-    load_matrices(weights + j * 8, b);
+    load_matrices(weights + j * group_rows, b);
 #pragma unroll
     for (int i = 0; i < kRowBlocks; ++i) {
-#pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        int32_t* d = acc[i] + 4 * (j + k);
-        uint32_t sums[4];
-        Multiply::fma(sums[0], sums[1], sums[2], sums[3], a[i][0], a[i][1], a[i][2], a[i][3],
-                      b[2 * k], b[2 * k + 1], d[0], d[1], d[2], d[3]);
-#pragma unroll
-        for (int s = 0; s < 4; ++s) d[s] = static_cast<int32_t>(sums[s]);
-      }
+      multiply(acc[i] + 4 * j, a[i], b[0], b[1]);
+      multiply(acc[i] + 4 * (j + 1), a[i], b[2], b[3]);
     }
+  }
+  // The bits of the pixels, but not of a lone tap's partner, whose weights are the atom of zeros.
+  const uint32_t second = (pair.weights & 0xffff) + (pair.weights >> 16);
+  const uint32_t zeros = conv.chunks / 2 * (conv.plan.part_bytes() / kChunkBytes) +
+                         static_cast<uint32_t>(conv.taps * kCoreRows);
+  const bool is_lone = !conv.plan.is_streamed && conv.chunks % 2 == 1 && second == zeros;
+#pragma unroll
+  for (int i = 0; i < kRowBlocks; ++i) {
+    multiply(acc[i] + 4 * kColumnBlocks, a[i], ~0u, is_lone ? 0 : ~0u);
   }
 }
 
@@ -146,33 +150,29 @@ __device__ Unit unit_at(const HaloPlan& plan, int32_t index) {
 }
 
 __device__ void finish(const TileConv& args, const Unit& unit, const Accumulators& acc,
-                       int pixels_slot) {
-  const Pixel* pixels = pixels_at(args.conv, pixels_slot, unit.run);
+                       const TilePosition& tile, bool has_limits) {
 #pragma unroll
   for (int i = 0; i < kRowBlocks; ++i) {
-    store_run<kUnitChannels>(args.out, args.conv, unit.column, acc[i], pixels + i * kWarpPixels,
-                             threadIdx.x / kWarpSize);
+    const int32_t pixel = unit.run * kRunPixels + i * kWarpPixels + threadIdx.x % kWarpPixels;
+    const int32_t* ones = acc[i] + 4 * kColumnBlocks;
+    const int32_t window_bits[kLanePixels] = {ones[0], ones[2]};
+    store_run<kUnitChannels>(args, unit.column, has_limits, acc[i], window_bits,
+                             locate_pixel(args.conv, tile, pixel));
   }
 }
 
-// Counts a halo that has arrived and, after the last step of a tile, makes its pixels.
-__device__ void count_halo(const HaloConv& conv, const TilePosition& tile, int slot, int32_t step,
-                           bool is_last_step) {
-  count_pixels(conv, slot, step == 0, threadIdx.x, kThreads);
-  if (!is_last_step) return;
-  __syncthreads();
-  make_pixels(conv, tile, 0, threadIdx.x, kThreads);
-  __syncthreads();
+__device__ uint32_t weights_at(const HaloConv& conv, const Unit& unit) {
+  return conv.at.weights / kChunkBytes + unit.column * conv.plan.part_atoms();
 }
 
 // Resident weights: the next tile's halo loads while this one is multiplied.
-__device__ void multiply_resident(const TileConv& args) {
+__device__ void multiply_resident(const TileConv& args, bool has_limits) {
   const HaloConv& conv = args.conv;
   const HaloPlan& plan = conv.plan;
   load_resident_weights(conv);
   int slot = 0;
   const auto load = [&](int32_t tile, int to) {
-    if (tile < plan.tiles) load_halo(conv, tile_position(plan, tile), 0, to);
+    if (tile < plan.tiles) load_halo(conv, tile_position(conv, tile), 0, to);
     cute::cp_async_fence();
   };
   load(blockIdx.x, slot);
@@ -180,17 +180,16 @@ __device__ void multiply_resident(const TileConv& args) {
     load(tile + gridDim.x, slot ^ 1);
     cute::cp_async_wait<1>();
     __syncthreads();
-    count_halo(conv, tile_position(plan, tile), slot, 0, true);
     const int32_t units = plan.runs * (plan.block_channels / kUnitChannels);
     for (int32_t i = threadIdx.x / kWarpSize; i < units; i += kWarps) {
       const Unit unit = unit_at(plan, i);
       const uint32_t halo = (conv.at.halo + slot * plan.stage_bytes()) / kChunkBytes;
       Accumulators acc = {};
       for (int32_t k = 0; k < plan.pairs; ++k) {
-        multiply_pair(acc, halo + unit.run * kRunPixels,
-                      conv.at.weights / kChunkBytes + unit.column, conv.tables.pairs[k]);
+        multiply_pair(acc, conv, halo + unit.run * kRunPixels, weights_at(conv, unit),
+                      conv.tables.pairs[k]);
       }
-      finish(args, unit, acc, 0);
+      finish(args, unit, acc, tile_position(conv, tile), has_limits);
     }
     __syncthreads();
     slot ^= 1;
@@ -198,22 +197,22 @@ __device__ void multiply_resident(const TileConv& args) {
 }
 
 // Streamed weights: a tile has at most one unit for each warp. Its work is cut into slots of up to
-// kStreamPairs taps of two chunks; the loads run a few slots ahead, but not so far that a halo
+// kStreamTaps taps of two chunks; the loads run a few slots ahead, but not so far that a halo
 // would overwrite one in use.
-__device__ void multiply_streamed(const TileConv& args) {
+__device__ void multiply_streamed(const TileConv& args, bool has_limits) {
   const HaloConv& conv = args.conv;
   const HaloPlan& plan = conv.plan;
-  const int32_t step_slots = ceil_div(conv.taps, kStreamPairs);
+  const int32_t step_slots = ceil_div(conv.taps, kStreamTaps);
   const int32_t steps = stage_steps(conv), slots = steps * step_slots;
-  const int32_t ahead = min(step_slots, kStreamStages - 1);
+  const int32_t ahead = min(step_slots, plan.parts - 1);
   const Unit unit = unit_at(plan, threadIdx.x / kWarpSize);
   for (int32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
-    const TilePosition at = tile_position(plan, tile);
+    const TilePosition at = tile_position(conv, tile);
     const auto load = [&](int32_t index) {
-      const int32_t step = index / step_slots, first = index % step_slots * kStreamPairs;
+      const int32_t step = index / step_slots, first = index % step_slots * kStreamTaps;
       if (index < slots) {
-        if (first == 0) load_halo(conv, at, 2 * step, step % kHaloStages);
-        stream_weights(conv, step, first, index % kStreamStages);
+        if (first == 0) load_halo(conv, at, 2 * step, step % plan.halo_stages);
+        stream_weights(conv, step, first, index % plan.parts);
       }
       cute::cp_async_fence();
     };
@@ -225,20 +224,20 @@ __device__ void multiply_streamed(const TileConv& args) {
       if (ahead == 1) cute::cp_async_wait<1>();
       if (ahead == 2) cute::cp_async_wait<2>();
       __syncthreads();
-      const int32_t step = index / step_slots, first = index % step_slots * kStreamPairs;
-      if (first == 0) count_halo(conv, at, step % kHaloStages, step, step + 1 == steps);
-      const uint32_t halo = (conv.at.halo + step % kHaloStages * plan.stage_bytes()) / kChunkBytes;
-      const uint32_t weights = conv.at.weights / kChunkBytes +
-                               index % kStreamStages * kStreamPairs * 2 * kStreamedChannels;
+      const int32_t step = index / step_slots, first = index % step_slots * kStreamTaps;
+      const uint32_t halo =
+          (conv.at.halo + step % plan.halo_stages * plan.stage_bytes()) / kChunkBytes;
+      const uint32_t weights =
+          weights_at(conv, unit) + index % plan.parts * plan.part_bytes() / kChunkBytes;
       // What a warp without a run would multiply may just be loading.
-      const int32_t pairs = unit.run < plan.runs ? min(conv.taps - first, kStreamPairs) : 0;
+      const int32_t pairs = unit.run < plan.runs ? min(conv.taps - first, kStreamTaps) : 0;
       for (int32_t k = 0; k < pairs; ++k) {
-        multiply_pair(acc, halo + unit.run * kRunPixels, weights + unit.column,
+        multiply_pair(acc, conv, halo + unit.run * kRunPixels, weights,
                       conv.tables.pairs[first + k]);
       }
       __syncthreads();
     }
-    if (unit.run < plan.runs) finish(args, unit, acc, 0);
+    if (unit.run < plan.runs) finish(args, unit, acc, at, has_limits);
     __syncthreads();
   }
 }
@@ -247,16 +246,14 @@ template <bool kStreamed>
 __global__ void __launch_bounds__(kThreads, 1)
     conv2d_kernel(const __grid_constant__ TileConv args) {
 #if __CUDA_ARCH__ >= 800
-  write_zeros(args.conv, threadIdx.x, kThreads);
-  const auto get_tap_counts = [&] {
-    load_tap_counts(args.conv);
-    __syncthreads();
-  };
-  prepare_channels(args, threadIdx.x, kThreads, get_tap_counts, [] { __syncthreads(); });
+  write_constants(args.conv, threadIdx.x, kThreads);
+  prepare_channels(args, threadIdx.x, kThreads);
+  __syncthreads();
+  const bool has_limits = has_bit_limits(args);
   if constexpr (kStreamed) {
-    multiply_streamed(args);
+    multiply_streamed(args, has_limits);
   } else {
-    multiply_resident(args);
+    multiply_resident(args, has_limits);
   }
 #endif
 }
@@ -277,16 +274,12 @@ bool runs_on(const Target& target) {
   }
 }
 
-bool accepts(const Conv2dShape& shape) {
-  constexpr int64_t kLeastShared = 99 * 1024;  // What a block can have on sm_86 and sm_89.
-  return halo_accepts(shape, kLeastShared);
-}
+bool accepts(const Conv2dShape& shape) { return halo_accepts(shape, kSm80Limits); }
 
 void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
-  const HaloLimits limits = {.multiprocessors = multiprocessors(queue.device()),
-                             .shared_bytes = shared_bytes(queue.device()),
-                             .streamed_runs = kStreamedRuns,
-                             .least_channels = kUnitChannels};
+  HaloLimits limits = kSm80Limits;
+  limits.multiprocessors = multiprocessors(queue.device());
+  limits.shared_bytes = shared_bytes(queue.device());
   const TileConv conv = tile_conv(args, plan_halo(args.shape, limits));
   const HaloPlan& plan = conv.conv.plan;
   launch("binary_conv2d", queue,
@@ -295,6 +288,14 @@ void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
 }
 
 }  // namespace
+
+const HaloLimits kSm80Limits = {.multiprocessors = 84,  // Of the smallest GPU: 8.6 and 8.9
+                                .shared_bytes = 99 * 1024,
+                                .runs_at_once = kStreamedRuns,
+                                .least_channels = kUnitChannels,
+                                .ones = 0,  // In registers.
+                                .most_halo_stages = 2,
+                                .most_streamed_parts = 3};
 
 const Kernel kConv2dSm80 = {.name = "cuda_sm80",
                             .runs_on = runs_on,

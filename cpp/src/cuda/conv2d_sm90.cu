@@ -19,13 +19,11 @@
 #include "cuda/wgmma_b1.cuh"
 
 // Hopper: b1 wgmma from the halo tiles of halo.h. A thread block has one block of output channels
-// and walks over tiles. Its first warpgroup feeds the others: one warp loads halos (and weights),
-// the other three count the bits of the halo and work out, for each pixel, what the epilogue needs.
-// The other two warpgroups multiply and finish.
+// and walks over tiles. One thread loads halos and weights; the warpgroups multiply and finish,
+// each a run of 64 pixels, and so that there are always some that multiply while others finish.
 //
-// Resident weights: the warpgroups take runs in turn, and one multiplies while the other finishes.
-// Streamed weights: both multiply at the same time, so that each piece of the weights is loaded
-// once for the whole tile.
+// Resident weights: the warpgroups take the runs of all tiles in turn. Streamed weights: a tile has
+// a run for each of them, so that each piece of the weights is loaded once for the whole tile.
 
 namespace binconv::cuda {
 namespace {
@@ -34,29 +32,23 @@ using cutlass::arch::ClusterBarrier;
 using cutlass::arch::ClusterTransactionBarrier;
 
 constexpr int kWarpgroup = 128;
-constexpr int kConsumers = 2;
-constexpr int kThreads = kWarpgroup * (1 + kConsumers);
-// Of each thread. A block starts with 168 for each, and the sum over its warpgroups cannot grow.
-constexpr int kFeederRegisters = 88, kConsumerRegisters = 208;
-constexpr int kCounters = kWarpgroup - kWarpSize;  // Threads.
-constexpr int kMultipliers = kConsumers * kWarpgroup;
-constexpr int kCounterBarrier = 1, kConsumerBarrier = 2;
 constexpr int kWarpgroupWarps = kWarpgroup / kWarpSize;
-constexpr int kStreamedRunsPerConsumer = 2;
-constexpr int kStreamedRuns = kStreamedRunsPerConsumer * kConsumers;
-// Resident weights arrive in parts, so that the first multiplications need not wait for the last
-// weights.
-constexpr int kWeightParts = kStreamStages;
+constexpr int kConsumers = 3;  // Warpgroups.
+constexpr int kMultipliers = kConsumers * kWarpgroup;
+constexpr int kThreads = kMultipliers + kWarpgroup;  // Of the last warpgroup, one thread loads.
+// Of each thread. A block starts with 128 for each, and the sum over its warpgroups cannot grow.
+constexpr int kLoaderRegisters = 32, kConsumerRegisters = 160;
+constexpr int kOnes = 16;  // 8 would do, but b1 multiplications grow by 16 columns.
+constexpr int kMostHaloStages = 1 + kConsumers, kMostStreamedParts = 8;
+// Resident weights arrive in parts too, so that the first multiplications need not wait for the
+// last weights. What is beyond these counts with the last of them.
+constexpr int kMostParts = kMostStreamedParts;
 
 struct Barriers {
-  ClusterTransactionBarrier halo_full[kHaloStages];
-  ClusterBarrier halo_empty[kHaloStages];
-  ClusterTransactionBarrier weights_full[kStreamStages];  // Of a stage, or of a resident part.
-  ClusterBarrier weights_empty[kStreamStages];
-  ClusterTransactionBarrier counts_full;
-  ClusterBarrier pixels_full[kHaloStages];
-  ClusterBarrier pixels_empty[kHaloStages];
-  ClusterBarrier turn[kConsumers];
+  ClusterTransactionBarrier halo_full[kMostHaloStages];
+  ClusterBarrier halo_empty[kMostHaloStages];
+  ClusterTransactionBarrier weights_full[kMostParts];
+  ClusterBarrier weights_empty[kMostParts];  // Where they are streamed.
 };
 
 // Position in a ring of buffers, and the parity of the barriers' phase there.
@@ -70,39 +62,24 @@ struct Ring {
 };
 
 __device__ void init_barriers(Barriers& barriers, const HaloPlan& plan) {
-  for (int i = 0; i < kHaloStages; ++i) {
+  // A stage is empty when every warp is done with it, also one that has no run there: nobody may
+  // fall behind by a whole round of the ring.
+  const int readers = (plan.is_streamed ? plan.runs : kConsumers) * kWarpgroupWarps;
+  for (int i = 0; i < kMostHaloStages; ++i) {
     barriers.halo_full[i].init(1);
-    // Who has read a stage: the counters, and every run or, streaming, every consumer.
-    barriers.halo_empty[i].init(1 + (plan.is_streamed ? kConsumers : plan.runs));
-    barriers.pixels_full[i].init(kCounters);
-    barriers.pixels_empty[i].init(kWarpgroupWarps * (plan.is_streamed ? kStreamedRuns : plan.runs));
+    barriers.halo_empty[i].init(readers);
   }
-  for (int i = 0; i < kStreamStages; ++i) {
-    barriers.weights_full[i].init(1);
-    barriers.weights_empty[i].init(kConsumers);
+  for (int i = 0; i < kMostParts; ++i) {
+    const bool is_last = i + 1 == kMostParts && plan.parts > kMostParts;
+    barriers.weights_full[i].init(is_last ? plan.parts - i : 1);
+    barriers.weights_empty[i].init(readers);
   }
-  barriers.counts_full.init(1);
-  for (int i = 0; i < kConsumers; ++i) barriers.turn[i].init(kWarpgroupWarps);
   cutlass::arch::fence_barrier_init();
 }
 
-// The end of the chunks whose weights are in a part. The first part is never empty.
-__device__ int32_t part_chunks(const HaloConv& conv, int part) {
-  const int32_t chunk_pairs = ceil_div(conv.chunks, 2);
-  return min(2 * ceil_div(chunk_pairs * (part + 1), kWeightParts), conv.chunks);
-}
-
-// The end of their multiplications.
-__device__ int32_t part_pairs(const HaloConv& conv, int part) {
-  const int32_t chunks = part_chunks(conv, part);
-  return chunks == conv.chunks ? conv.plan.pairs : chunks / 2 * conv.taps;
-}
-
-// Tensor maps; one unit of a weight map's second dimension is this many output channels.
-constexpr int kMapChannels = 16;
 struct Maps {
   CUtensorMap input;    // [chunk][row][image][column][16 bytes], the order that halo.h asks for.
-  CUtensorMap weights;  // [chunk][tap][channel / kMapChannels][kMapChannels * 16 bytes]
+  CUtensorMap weights;  // [channel / 8][chunk][tap][8 * 16 bytes]; a box is a part.
 };
 
 // One thread: loads everything, in the order in which it is used.
@@ -110,13 +87,17 @@ template <bool kStreamed>
 class Loader {
  public:
   __device__ Loader(const Maps& maps, const HaloConv& conv, Barriers& barriers)
-      : maps_(maps), conv_(conv), plan_(conv.plan), barriers_(barriers) {}
+      : maps_(maps),
+        conv_(conv),
+        plan_(conv.plan),
+        barriers_(barriers),
+        halo_{plan_.halo_stages},
+        weights_{plan_.parts} {}
 
   __device__ void run() {
-    load_tap_counts();
     const int32_t first = blockIdx.x, steps = stage_steps(conv_);
     for (int32_t tile = first; tile < plan_.tiles; tile += gridDim.x) {
-      const TilePosition at = tile_position(plan_, tile);
+      const TilePosition at = tile_position(conv_, tile);
       for (int32_t step = 0; step < steps; ++step) {
         load_halo(at, step * plan_.stage_chunks);
         if constexpr (kStreamed) stream_weights(step);
@@ -128,16 +109,6 @@ class Loader {
  private:
   static constexpr uint64_t kCacheHint =
       static_cast<uint64_t>(cute::TMA::CacheHintSm90::EVICT_NORMAL);
-
-  __device__ void load_tap_counts() {
-    const int32_t bytes = plan_.block_channels * sizeof(int32_t);
-    const int32_t* from = conv_.tap_counts + first_channel(conv_);
-    barriers_.counts_full.arrive_and_expect_tx(conv_.taps * bytes);
-    for (int32_t tap = 0; tap < conv_.taps; ++tap, from += conv_.prepared_channels) {
-      cute::SM90_BULK_COPY_G2S::copy(from, reinterpret_cast<uint64_t*>(&barriers_.counts_full),
-                                     shared<uint8_t>(conv_.at.tap_counts + tap * bytes), bytes);
-    }
-  }
 
   __device__ void load_halo(const TilePosition& at, int32_t first) {
     ClusterTransactionBarrier& full = barriers_.halo_full[halo_.slot];
@@ -161,34 +132,27 @@ class Loader {
     halo_.advance();
   }
 
-  // As many taps as a box of the map has, from `tap`; zeros beyond the last tap and chunk.
-  __device__ void load_weights(int32_t chunk, int32_t tap, int32_t to,
+  // A part, from chunk `chunk` and tap `tap` on; zeros beyond the last chunk and tap.
+  __device__ void load_weights(int32_t part, int32_t chunk, int32_t tap,
                                ClusterTransactionBarrier& full) {
+    full.arrive_and_expect_tx(plan_.block_channels * plan_.part_atoms() * kChunkBytes);
     cute::SM90_TMA_LOAD_4D::copy(&maps_.weights, reinterpret_cast<uint64_t*>(&full), kCacheHint,
-                                 shared<uint8_t>(to), 0, first_channel(conv_) / kMapChannels, tap,
-                                 chunk);
+                                 shared<uint8_t>(conv_.at.weights + part * plan_.part_bytes()), 0,
+                                 tap, chunk, first_channel(conv_) / kCoreRows);
   }
 
   __device__ void load_resident_weights() {
-    const int32_t bytes = conv_.taps * plan_.block_channels * kChunkBytes;
-    for (int32_t part = 0, chunk = 0; part < kWeightParts; ++part) {
-      ClusterTransactionBarrier& full = barriers_.weights_full[part];
-      const int32_t end = part_chunks(conv_, part);
-      full.arrive_and_expect_tx((end - chunk) * bytes);
-      for (; chunk < end; ++chunk) load_weights(chunk, 0, conv_.at.weights + chunk * bytes, full);
+    for (int32_t part = 0; part < plan_.parts; ++part) {
+      load_weights(part, part * plan_.part_chunks, 0,
+                   barriers_.weights_full[min(part, kMostParts - 1)]);
     }
   }
 
   // The pairs of two chunks, one for each tap.
   __device__ void stream_weights(int32_t step) {
-    const int32_t bytes = kStreamPairs * plan_.block_channels * kChunkBytes;
-    for (int32_t tap = 0; tap < conv_.taps; tap += kStreamPairs) {
-      ClusterTransactionBarrier& full = barriers_.weights_full[weights_.slot];
+    for (int32_t tap = 0; tap < conv_.taps; tap += kStreamTaps) {
       barriers_.weights_empty[weights_.slot].wait(weights_.parity ^ 1);
-      full.arrive_and_expect_tx(2 * bytes);
-      const int32_t to = conv_.at.weights + weights_.slot * 2 * bytes;
-      load_weights(2 * step, tap, to, full);
-      load_weights(2 * step + 1, tap, to + bytes, full);
+      load_weights(weights_.slot, 2 * step, tap, barriers_.weights_full[weights_.slot]);
       weights_.advance();
     }
   }
@@ -198,156 +162,137 @@ class Loader {
   const HaloConv& conv_;
   const HaloPlan& plan_;
   Barriers& barriers_;
-  Ring halo_{kHaloStages}, weights_{kStreamStages};
+  Ring halo_, weights_;
 };
-
-// Three warps: the pixels of each tile.
-__device__ void count_bits(const HaloConv& conv, Barriers& barriers) {
-  const int thread = threadIdx.x - kWarpSize;
-  const auto synchronize = [] { cutlass::arch::NamedBarrier::sync(kCounters, kCounterBarrier); };
-  const int32_t steps = stage_steps(conv);
-  Ring halo{kHaloStages}, pixels{kHaloStages};
-  for (int32_t tile = blockIdx.x; tile < conv.plan.tiles; tile += gridDim.x) {
-    for (int32_t step = 0; step < steps; ++step) {
-      barriers.halo_full[halo.slot].wait(halo.parity);
-      count_pixels(conv, halo.slot, step == 0, thread, kCounters);
-      synchronize();
-      if (thread == 0) barriers.halo_empty[halo.slot].arrive();
-      halo.advance();
-    }
-    barriers.pixels_empty[pixels.slot].wait(pixels.parity ^ 1);
-    make_pixels(conv, tile_position(conv.plan, tile), pixels.slot, thread, kCounters);
-    barriers.pixels_full[pixels.slot].arrive();
-    pixels.advance();
-    synchronize();  // The counts are free again.
-  }
-}
-
-// Each warpgroup may hold a stage while it waits for its turn.
-static_assert(kHaloStages >= kConsumers);
 
 // What a multiplying warpgroup knows of itself.
 struct Consumer {
   int index, warp;
-  bool is_leader_lane;  // One of each warp.
-  bool is_leader;       // One of the warpgroup.
+  bool is_leader;  // One lane of each warp.
+  bool has_limits;
 };
 
 template <int kChannels>
+using Accumulators = int32_t[(kChannels + kOnes) / 2];
+
+// The warp's pixels of a run, one for each lane.
+__device__ Pixel locate_lane(const HaloConv& conv, const Consumer& self, int32_t tile,
+                             int32_t run) {
+  const int32_t flat = run * kRunPixels + self.warp * kWarpPixels + threadIdx.x % kWarpPixels;
+  return locate_pixel(conv, tile_position(conv, tile), flat);
+}
+
+template <int kChannels>
 __device__ void finish(const TileConv& args, const Consumer& self,
-                       const int32_t (&acc)[kChannels / 2], const Pixel* run_pixels) {
-  store_run<kChannels>(args.out, args.conv, 0, acc, run_pixels + self.warp * kWarpPixels,
-                       self.index * kWarpgroupWarps + self.warp);
-  __syncwarp();  // No lane still reads the pixels.
+                       const Accumulators<kChannels>& acc, const Pixel& pixel) {
+  const int32_t window_bits[kLanePixels] = {acc[kChannels / 2], acc[kChannels / 2 + 2]};
+  store_run<kChannels>(args, 0, self.has_limits, acc, window_bits, pixel);
 }
 
 // Both operands are rows of 16-byte chunks without swizzle: 8 rows 16 bytes apart are a core
-// matrix, and the next 8 rows follow. That is the high word of their descriptors; where they start,
-// and how much further the second chunk of a row lies, is the low word, in units of 16 bytes as in
-// HaloPair.
-constexpr uint64_t kRowStepDescriptor = uint64_t{128 / kChunkBytes} << 32;
+// matrix, and the high word of a descriptor says how much further the next one lies. Where the
+// operand starts, and how much further the second chunk of a row lies, is the low word, in units of
+// 16 bytes as in HaloPair.
+struct Operands {
+  uint64_t halo, weights;
+};
 
-// halo, weights: addresses in units of 16 bytes.
-template <bool kAccumulate, int kSize>
-__device__ void multiply_pair(int32_t (&acc)[kSize], uint32_t halo, uint32_t weights,
-                              HaloPair pair) {
-  wgmma_and_popcount<kAccumulate>(acc, kRowStepDescriptor | (halo + pair.halo),
-                                  kRowStepDescriptor | (weights + pair.weights));
+__device__ Operands operands_at(const HaloConv& conv, int32_t halo, int32_t weights) {
+  return {uint64_t{kCoreRows} << 32 | shared_unit(halo),
+          static_cast<uint64_t>(conv.plan.part_atoms() * kCoreRows) << 32 | shared_unit(weights)};
 }
 
-// Resident weights: runs are numbered over all tiles of the block, and taken in turn.
+template <bool kAccumulate, int kSize>
+__device__ void multiply_pair(int32_t (&acc)[kSize], const Operands& at, const HaloPair& pair) {
+  wgmma_and_popcount<kAccumulate>(acc, at.halo + pair.halo, at.weights + pair.weights);
+}
+
+// Resident weights: runs are numbered over all tiles of the block.
 template <int kChannels>
 __device__ void multiply_resident(const TileConv& args, Barriers& barriers, const Consumer& self) {
   const HaloConv& conv = args.conv;
   const HaloPlan& plan = conv.plan;
   const HaloPair* pairs = conv.tables.pairs;
-  const uint32_t weights = shared_unit(conv.at.weights);
-  Ring stage{kHaloStages};
-  uint32_t turn = self.index == 0 ? 1 : 0;  // The first turn is the first warpgroup's.
-  int next = self.index;
+  Ring stage{plan.halo_stages};
+  bool has_weights = false;
+  int run = self.index;
   for (int32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
-    for (; next < plan.runs; next += kConsumers) {
-      const int run = next;
-      barriers.halo_full[stage.slot].wait(stage.parity);
-      const uint32_t halo =
-          shared_unit(conv.at.halo + stage.slot * plan.stage_bytes()) + run * kRunPixels;
-      int32_t acc[kChannels / 2];
-      barriers.turn[self.index].wait(turn);
-      turn ^= 1;
-      barriers.weights_full[0].wait(0);
-      wgmma_fence();
-      multiply_pair<false>(acc, halo, weights, pairs[0]);
-      int32_t k = 1;
-#pragma unroll 1
-      for (int part = 0; part < kWeightParts; ++part) {
-        barriers.weights_full[part].wait(0);
-        const int32_t end = part_pairs(conv, part);
-#pragma unroll 4
-        for (; k < end; ++k) multiply_pair<true>(acc, halo, weights, pairs[k]);
-      }
-      wgmma_commit();
-      if (self.is_leader_lane) barriers.turn[(self.index + 1) % kConsumers].arrive();
-      barriers.pixels_full[stage.slot].wait(stage.parity);
-      wgmma_wait<0>();
+    barriers.halo_full[stage.slot].wait(stage.parity);
+    if (run >= plan.runs) {
+      __syncwarp();
       if (self.is_leader) barriers.halo_empty[stage.slot].arrive();
-      finish<kChannels>(args, self, acc, pixels_at(conv, stage.slot, run));
-      if (self.is_leader_lane) barriers.pixels_empty[stage.slot].arrive();
     }
-    next -= plan.runs;
+    for (; run < plan.runs; run += kConsumers) {
+      const int32_t halo =
+          conv.at.halo + stage.slot * plan.stage_bytes() + run * kRunPixels * kChunkBytes;
+      const Operands at = operands_at(conv, halo, conv.at.weights);
+      Accumulators<kChannels> acc;
+      if (!has_weights) barriers.weights_full[0].wait(0);
+      wgmma_fence();
+      multiply_pair<false>(acc, at, pairs[0]);
+      int32_t k = 1;
+      for (int32_t part = 1; !has_weights && part < plan.parts; ++part) {
+        for (; k < part * conv.taps; ++k) multiply_pair<true>(acc, at, pairs[k]);
+        barriers.weights_full[min(part, kMostParts - 1)].wait(0);
+      }
+      has_weights = true;
+#pragma unroll 4
+      for (; k < plan.pairs; ++k) multiply_pair<true>(acc, at, pairs[k]);
+      wgmma_commit();
+      const Pixel pixel = locate_lane(conv, self, tile, run);
+      wgmma_wait<0>();
+      if (self.is_leader && run + kConsumers >= plan.runs) {
+        barriers.halo_empty[stage.slot].arrive();
+      }
+      finish<kChannels>(args, self, acc, pixel);
+    }
+    run -= plan.runs;
     stage.advance();
   }
 }
 
 // A stage of streamed weights. Straight-line code: only then does waiting for the stage before not
 // also wait for this one.
-template <int kPairs, int kSize>
-__device__ void multiply_stage(int32_t (&acc)[kStreamedRunsPerConsumer][kSize], uint32_t halo,
-                               uint32_t weights, const HaloPair* pairs) {
+template <int kTaps, int kSize>
+__device__ void multiply_stage(int32_t (&acc)[kSize], const Operands& at, const HaloPair* pairs) {
   wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < kPairs; ++k) {
-#pragma unroll
-    for (int r = 0; r < kStreamedRunsPerConsumer; ++r) {
-      multiply_pair<true>(acc[r], halo + r * kRunPixels, weights, pairs[k]);
-    }
-  }
+  for (int k = 0; k < kTaps; ++k) multiply_pair<true>(acc, at, pairs[k]);
   wgmma_commit();
 }
 
-// Streamed weights: a tile has up to kStreamedRuns runs, kStreamedRunsPerConsumer for each
-// warpgroup.
 template <int kChannels>
 __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, const Consumer& self) {
   const HaloConv& conv = args.conv;
   const HaloPlan& plan = conv.plan;
-  const int32_t steps = stage_steps(conv);
-  const int32_t first_run = self.index * kStreamedRunsPerConsumer;
-  Ring halo{kHaloStages}, weights{kStreamStages}, pixels{kHaloStages};
+  const int32_t steps = stage_steps(conv), run = self.index;
+  if (run >= plan.runs) return;
+  Ring halo{plan.halo_stages}, weights{plan.parts};
   for (int32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
-    int32_t acc[kStreamedRunsPerConsumer][kChannels / 2] = {};
+    Accumulators<kChannels> acc = {};
     int last_halo = -1, last_weights = -1;  // What the multiplications in flight read.
     for (int32_t step = 0; step < steps; ++step) {
       barriers.halo_full[halo.slot].wait(halo.parity);
-      const uint32_t a =
-          shared_unit(conv.at.halo + halo.slot * plan.stage_bytes()) + first_run * kRunPixels;
-      for (int32_t first = 0; first < conv.taps; first += kStreamPairs) {
-        const uint32_t b =
-            shared_unit(conv.at.weights) + weights.slot * kStreamPairs * 2 * kChannels;
+      const int32_t from =
+          conv.at.halo + halo.slot * plan.stage_bytes() + run * kRunPixels * kChunkBytes;
+      for (int32_t first = 0; first < conv.taps; first += kStreamTaps) {
+        const Operands at =
+            operands_at(conv, from, conv.at.weights + weights.slot * plan.part_bytes());
         const HaloPair* pairs = conv.tables.pairs + first;
         barriers.weights_full[weights.slot].wait(weights.parity);
-        static_assert(kStreamPairs == 4);
-        switch (min(conv.taps - first, kStreamPairs)) {
+        static_assert(kStreamTaps == 4);
+        switch (min(conv.taps - first, kStreamTaps)) {
           case 1:
-            multiply_stage<1>(acc, a, b, pairs);
+            multiply_stage<1>(acc, at, pairs);
             break;
           case 2:
-            multiply_stage<2>(acc, a, b, pairs);
+            multiply_stage<2>(acc, at, pairs);
             break;
           case 3:
-            multiply_stage<3>(acc, a, b, pairs);
+            multiply_stage<3>(acc, at, pairs);
             break;
           default:
-            multiply_stage<4>(acc, a, b, pairs);
+            multiply_stage<4>(acc, at, pairs);
         }
         // All but the multiplications just begun are over: what they read can be loaded anew.
         wgmma_wait<1>();
@@ -359,21 +304,13 @@ __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, cons
       last_halo = halo.slot;
       halo.advance();
     }
-    barriers.pixels_full[pixels.slot].wait(pixels.parity);
+    const Pixel pixel = locate_lane(conv, self, tile, run);
     wgmma_wait<0>();
     if (self.is_leader) {
       barriers.weights_empty[last_weights].arrive();
       barriers.halo_empty[last_halo].arrive();
     }
-#pragma unroll
-    for (int r = 0; r < kStreamedRunsPerConsumer; ++r) {
-      const int32_t run = first_run + r;
-      if (run < plan.runs) {
-        finish<kChannels>(args, self, acc[r], pixels_at(conv, pixels.slot, run));
-      }
-      if (self.is_leader_lane) barriers.pixels_empty[pixels.slot].arrive();
-    }
-    pixels.advance();
+    finish<kChannels>(args, self, acc, pixel);
   }
 }
 
@@ -388,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps.weights));
     init_barriers(barriers, conv.plan);
   }
-  write_zeros(conv, threadIdx.x, kThreads);
+  write_constants(conv, threadIdx.x, kThreads);
   cutlass::arch::fence_view_async_shared();
   __syncthreads();
   // All before this overlaps with the end of the kernel before.
@@ -397,26 +334,22 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   // The shuffle tells the compiler that the warp agrees.
   const int warpgroup = __shfl_sync(kWholeWarp, threadIdx.x / kWarpgroup, 0);
-  if (warpgroup == 0) {
-    cutlass::arch::warpgroup_reg_dealloc<kFeederRegisters>();
-    if (threadIdx.x == 0) {
-      Loader<kStreamed>(maps, conv, barriers).run();
-    } else if (threadIdx.x >= kWarpSize) {
-      count_bits(conv, barriers);
-    }
+  if (warpgroup == kConsumers) {
+    cutlass::arch::warpgroup_reg_dealloc<kLoaderRegisters>();
+    if (threadIdx.x == kMultipliers) Loader<kStreamed>(maps, conv, barriers).run();
+    return;
+  }
+  cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+  // While the first halo and weights are on their way.
+  prepare_channels(args, threadIdx.x, kMultipliers);
+  cutlass::arch::NamedBarrier::sync(kMultipliers, 1);
+  const int thread = threadIdx.x % kWarpgroup;
+  const Consumer self = {warpgroup, thread / kWarpSize, thread % kWarpSize == 0,
+                         has_bit_limits(args)};
+  if constexpr (kStreamed) {
+    multiply_streamed<kChannels>(args, barriers, self);
   } else {
-    cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
-    // While the first halo and weights are on their way.
-    prepare_channels(
-        args, threadIdx.x - kWarpgroup, kMultipliers, [&] { barriers.counts_full.wait(0); },
-        [] { cutlass::arch::NamedBarrier::sync(kMultipliers, kConsumerBarrier); });
-    const int thread = threadIdx.x % kWarpgroup;
-    const Consumer self = {warpgroup - 1, thread / kWarpSize, thread % kWarpSize == 0, thread == 0};
-    if constexpr (kStreamed) {
-      multiply_streamed<kChannels>(args, barriers, self);
-    } else {
-      multiply_resident<kChannels>(args, barriers, self);
-    }
+    multiply_resident<kChannels>(args, barriers, self);
   }
 #endif
 }
@@ -466,29 +399,23 @@ CUtensorMap input_map(const Conv2dArgs& args, const HaloPlan& plan) {
 }
 
 CUtensorMap weight_map(const Conv2dArgs& args, const HaloPlan& plan) {
-  constexpr cuuint32_t kRow = kMapChannels * kChunkBytes;
   const PreparedLayout prepared = prepared_layout(args.shape.weight);
   const cuuint64_t taps = prepared.taps, chunks = prepared.chunks;
-  const cuuint64_t channels = prepared.channels, atom = channels * kChunkBytes;
-  const cuuint32_t box_channels = plan.block_channels, box_taps = taps;
-  return tensor_map<4>(args.prepared_weight, {kRow, channels / kMapChannels, taps, chunks},
-                       {kRow, atom, taps * atom},
-                       {kRow, box_channels / kMapChannels,
-                        plan.is_streamed ? cuuint32_t{kStreamPairs} : box_taps, 1},
-                       {1, 1, 1, 1});
+  const cuuint64_t groups = prepared.channels / kCoreRows;
+  const cuuint32_t part_taps = plan.part_taps, part_chunks = plan.part_chunks;
+  const cuuint32_t part_groups = plan.block_channels / kCoreRows;
+  return tensor_map<4>(args.prepared_weight, {kCoreBytes, taps, chunks, groups},
+                       {kCoreBytes, taps * kCoreBytes, chunks * taps * kCoreBytes},
+                       {kCoreBytes, part_taps, part_chunks, part_groups}, {1, 1, 1, 1});
 }
 
-bool accepts(const Conv2dShape& shape) {
-  constexpr int64_t kShared = 227 * 1024;  // What a block can have on sm_90.
-  return halo_accepts(shape, kShared);
-}
+bool accepts(const Conv2dShape& shape) { return halo_accepts(shape, kSm90Limits); }
 
 void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
   const DeviceGuard guard(queue.device(), "binary_conv2d");  // For the tensor maps.
-  const HaloLimits limits = {.multiprocessors = multiprocessors(queue.device()),
-                             .shared_bytes = shared_bytes(queue.device()),
-                             .streamed_runs = kStreamedRuns,
-                             .least_channels = 32};
+  HaloLimits limits = kSm90Limits;
+  limits.multiprocessors = multiprocessors(queue.device());
+  limits.shared_bytes = shared_bytes(queue.device());
   const TileConv conv = tile_conv(args, plan_halo(args.shape, limits));
   const HaloPlan& plan = conv.conv.plan;
   const auto kernel = plan.is_streamed             ? conv2d_kernel<128, true>
@@ -502,6 +429,14 @@ void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
 }
 
 }  // namespace
+
+const HaloLimits kSm90Limits = {.multiprocessors = 132,  // Of an H100 or H200, and its memory.
+                                .shared_bytes = 227 * 1024,
+                                .runs_at_once = kConsumers,
+                                .least_channels = 32,
+                                .ones = kOnes,
+                                .most_halo_stages = kMostHaloStages,
+                                .most_streamed_parts = kMostStreamedParts};
 
 const Kernel kConv2dSm90 = {.name = "cuda_sm90",
                             .runs_on = runs_on,

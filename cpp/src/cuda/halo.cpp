@@ -73,6 +73,12 @@ int64_t pitch_of(const AxisShape& a, int64_t columns) {
   return pitch;
 }
 
+int64_t phase_of(const Conv2dShape& shape, int64_t tap) {
+  const AxisShape rows = rows_of(shape), columns = columns_of(shape);
+  return tap / columns.kernel * rows.dilation % rows.stride * phases_of(columns) +
+         tap % columns.kernel * columns.dilation % columns.stride;
+}
+
 // Of the taps of one phase.
 int64_t taps_of_phase(const AxisShape& a, int64_t phase) {
   int64_t count = 0;
@@ -105,19 +111,29 @@ int32_t narrow(int64_t value) { return static_cast<int32_t>(value); }
 // Plans of one shape with one block of channels.
 class Planner {
  public:
-  Planner(const Conv2dShape& shape, int channels, bool is_streamed)
+  Planner(const Conv2dShape& shape, const HaloLimits& limits, int channels, bool is_streamed)
       : shape_(shape),
+        limits_(limits),
         rows_(rows_of(shape)),
         columns_(columns_of(shape)),
         weight_(prepared_layout(shape.weight)) {
     const BorderClasses rows = border_classes(rows_), columns = border_classes(columns_);
     const bool has_border = shape.pad_value != -1;  // Zero bits outside are -1 as they are.
     common_.block_channels = channels;
+    common_.columns = channels + limits.ones;
     common_.is_streamed = is_streamed;
     common_.phases_height = narrow(phases_of(rows_));
     common_.phases_width = narrow(phases_of(columns_));
     common_.stage_chunks = narrow(is_streamed ? 2 : weight_.chunks);
     common_.pairs = narrow(count_pairs(shape, is_streamed));
+    common_.part_chunks = is_streamed || weight_.chunks > 1 ? 2 : 1;
+    common_.part_taps = narrow(is_streamed ? kStreamTaps : weight_.taps + weight_.chunks % 2);
+    common_.parts = narrow(ceil_div(weight_.chunks, common_.part_chunks));
+    const auto entries = [&](const AxisShape& axis) {
+      return has_border ? border_entries(axis) : BorderEntries{1, 0, narrow(axis.out)};
+    };
+    common_.row_entries = entries(rows_);
+    common_.column_entries = entries(columns_);
     common_.rows_lost_before = rows.lost_before;
     common_.columns_lost_before = columns.lost_before;
     common_.row_classes = has_border ? 1 + rows.lost_before + rows.lost_after : 1;
@@ -151,60 +167,84 @@ class Planner {
     return plan(1, columns, 1, pitch_of(columns_, columns));
   }
 
-  bool fits(const HaloPlan& plan, int64_t shared_bytes) const {
+  // Whether a plan fits into shared memory; gives it its stages.
+  bool fit(HaloPlan& plan) const {
     if (plan.pairs > kMaxPairs) return false;
     const int64_t box_rows = (plan.halo_rows - 1) * rows_.stride + 1;
     const int64_t box_columns = (plan.pitch - 1) * columns_.stride + 1;
     if (std::max({box_rows, box_columns, int64_t{plan.tile_images}}) > kBoxLimit) return false;
     const int64_t stage = int64_t{plan.stage_chunks} * plan.phases() * plan.region_pixels * 16;
-    return stage <= shared_bytes && halo_layout(plan, shape_.weight).total <= shared_bytes;
+    if (stage > limits_.shared_bytes) return false;
+    // Enough for all runs that are multiplied at once, and one more to load; of streamed weights as
+    // many as there are, so that runs need not keep step.
+    const int64_t at_once =
+        plan.is_streamed ? limits_.most_halo_stages : 1 + ceil_div(limits_.runs_at_once, plan.runs);
+    for (const int64_t stages :
+         {std::min<int64_t>(at_once, limits_.most_halo_stages), int64_t{kLeastStages}}) {
+      plan.halo_stages = narrow(stages);
+      if (plan.is_streamed) plan.parts = kLeastStages;
+      const int64_t left = limits_.shared_bytes - halo_layout(plan).total;
+      if (left < 0) continue;
+      if (plan.is_streamed) {
+        const int64_t more = left / plan.part_bytes();
+        plan.parts = narrow(std::min<int64_t>(kLeastStages + more, limits_.most_streamed_parts));
+      }
+      return true;
+    }
+    return false;
   }
 
   // Estimated cycles of the whole convolution. Only the proportions of the constants matter: they
   // come from the rates of tensor cores, caches and memory, and from counting instructions.
-  double cost(const HaloPlan& plan, const HaloLimits& limits) const {
-    constexpr double kCacheBytes = 40, kStoreBytes = 19, kStart = 3000;  // Per cycle; cycles.
+  double cost(const HaloPlan& plan) const {
+    constexpr double kCacheBytes = 40, kStoreBytes = 19;  // Per cycle.
+    constexpr double kStart = 3000, kLoadLatency = 1500;
     const double channels = plan.block_channels;
     const int64_t blocks = ceil_div(shape_.weight.out_channels, plan.block_channels);
-    const int64_t workers = std::max<int64_t>(1, limits.multiprocessors / blocks);
-    const double waves = std::max(1.0, static_cast<double>(blocks) / limits.multiprocessors);
+    const int64_t workers = std::max<int64_t>(1, limits_.multiprocessors / blocks);
+    const double waves = std::max(1.0, static_cast<double>(blocks) / limits_.multiprocessors);
+    const int64_t tiles = ceil_div(plan.tiles, workers);
+    const int64_t at_once = limits_.runs_at_once;
+
+    const double steps = plan.is_streamed ? static_cast<double>(ceil_div(weight_.chunks, 2)) : 1;
+    const double multiply = steps * plan.pairs * plan.columns / 2 + 60;
+    const double finish = 2 * channels + 150;    // Issue slots, for which all runs compete.
+    const double alone = multiply + 4 * finish;  // A run takes that long.
     const double halo = static_cast<double>(plan.phases()) * plan.region_pixels;
+    const double load = weight_.chunks * halo * 16 / kCacheBytes;
+    const double weights =
+        static_cast<double>(weight_.chunks) * weight_.taps * channels * 16 / kCacheBytes;
     const double outputs =
         static_cast<double>(plan.tile_rows) * plan.tile_columns * plan.tile_images * channels;
-    const double weights = static_cast<double>(weight_.chunks) * weight_.taps * channels * 16;
-    const double finish = 4 * channels + 60;  // Of issue slots, for which the warpgroups compete.
-    double runs, start = kStart;
+
+    // What each tile takes of what it shares with others.
+    double tile =
+        std::max({plan.runs * multiply, plan.runs * finish * 1.3, load, outputs * 2 / kStoreBytes});
     if (plan.is_streamed) {
-      const double pairs = static_cast<double>(plan.pairs) * ceil_div(weight_.chunks, 2);
-      runs = limits.streamed_runs * (pairs * channels / 2 + finish / 2);
-      runs = std::max(runs, weights / kCacheBytes);
+      tile = std::max({tile, at_once * multiply, weights});
     } else {
-      const double multiply = plan.pairs * channels / 2 + 60;
-      runs = plan.runs * std::max(multiply, finish);
-      start += weights / kCacheBytes;
+      tile = std::max(tile, (kLoadLatency + load + multiply) / plan.halo_stages);
     }
-    const double load = weight_.chunks * halo * 16 / kCacheBytes;
-    const double pixels = static_cast<double>(plan.runs) * kRunPixels;
-    const double count =
-        halo / 384 * (80 + 50 * weight_.chunks) + pixels / 192 * (250 + 8 * weight_.taps);
-    const double tile = std::max({runs, outputs * 2 / kStoreBytes, load, count}) + 100;
-    return (start + load + count + ceil_div(plan.tiles, workers) * tile) * waves;
+    const double rounds = static_cast<double>(ceil_div(tiles * plan.runs, at_once));
+    const double start = kStart + load + (plan.is_streamed ? 0 : weights);
+    return (start + std::max(rounds * alone, tiles * tile + alone)) * waves;
   }
 
  private:
   const Conv2dShape& shape_;
+  HaloLimits limits_;
   AxisShape rows_, columns_;
   PreparedLayout weight_;
   HaloPlan common_ = {};
 };
 
 // What is left where nothing else fits; it decides whether a shape can be taken.
-std::optional<HaloPlan> smallest_plan(const Conv2dShape& shape, int64_t shared_bytes) {
+std::optional<HaloPlan> smallest_plan(const Conv2dShape& shape, const HaloLimits& limits) {
   for (const bool is_streamed : {false, true}) {
     if (is_streamed && !has_whole_blocks(shape.weight)) continue;
-    const Planner planner(shape, is_streamed ? 128 : 64, is_streamed);
-    const HaloPlan plan = planner.smallest();
-    if (planner.fits(plan, shared_bytes)) return plan;
+    const Planner planner(shape, limits, is_streamed ? 128 : 64, is_streamed);
+    HaloPlan plan = planner.smallest();
+    if (planner.fit(plan)) return plan;
   }
   return std::nullopt;
 }
@@ -229,10 +269,10 @@ void search(const Planner& planner, const HaloLimits& limits, int64_t batch, Bes
         const int64_t rows = ceil_div(out_height, parts);
         if (rows == tried_rows || (images > 1 && rows * images * pitch > kManyPixels)) continue;
         tried_rows = rows;
-        const HaloPlan plan = planner.plan(rows, columns, images, pitch);
-        if (plan.is_streamed && plan.runs > limits.streamed_runs) continue;
-        if (!planner.fits(plan, limits.shared_bytes)) continue;
-        const double cost = planner.cost(plan, limits);
+        HaloPlan plan = planner.plan(rows, columns, images, pitch);
+        if (plan.is_streamed && plan.runs > limits.runs_at_once) continue;
+        if (!planner.fit(plan)) continue;
+        const double cost = planner.cost(plan);
         if (cost < best.cost) best = {plan, cost};
       }
     }
@@ -257,37 +297,45 @@ BorderClasses border_classes(const AxisShape& a) {
           .is_separable = a.pad == 0 || after(last_before) == 0};
 }
 
+int64_t tap_shift(const Conv2dShape& shape, const HaloPlan& plan, int64_t tap) {
+  const AxisShape rows = rows_of(shape), columns = columns_of(shape);
+  const int64_t h = tap / columns.kernel * rows.dilation,
+                w = tap % columns.kernel * columns.dilation;
+  return phase_of(shape, tap) * plan.region_pixels +
+         h / rows.stride * plan.tile_images * plan.pitch + w / columns.stride;
+}
+
+BorderEntries border_entries(const AxisShape& a) {
+  const int64_t before = std::min(a.out, ceil_div(a.pad, a.stride));
+  // The first position whose last tap is beyond the input.
+  const int64_t room = a.in + a.pad - (a.kernel - 1) * a.dilation;
+  const int64_t first_after = std::min(a.out, ceil_div(std::max<int64_t>(room, 0), a.stride));
+  const int64_t count = std::min(a.out, before + 1 + a.out - first_after);
+  return {narrow(count), narrow(before), narrow(a.out)};
+}
+
 HaloTables halo_tables(const Conv2dShape& shape, const HaloPlan& plan) {
   const PreparedLayout weight = prepared_layout(shape.weight);
-  const AxisShape rows = rows_of(shape), columns = columns_of(shape);
   HaloTables tables = {};
-  int64_t phase_of[kMaxTaps];
-  for (int64_t i = 0, tap = 0; i < rows.kernel; ++i) {
-    for (int64_t j = 0; j < columns.kernel; ++j, ++tap) {
-      const int64_t h = i * rows.dilation, w = j * columns.dilation;
-      phase_of[tap] = h % rows.stride * plan.phases_width + w % columns.stride;
-      tables.shifts[tap] = static_cast<int32_t>(phase_of[tap] * plan.region_pixels +
-                                                h / rows.stride * plan.tile_images * plan.pitch +
-                                                w / columns.stride);
-    }
-  }
   const int64_t chunk_step = int64_t{plan.phases()} * plan.region_pixels;
   int64_t count = 0;
-  const auto add = [&](int64_t halo, int64_t halo_step, int64_t atom, int64_t atom_step) {
-    const int64_t channels = plan.block_channels;
+  const auto shift = [&](int64_t tap) { return tap_shift(shape, plan, tap); };
+  const auto add = [&](int64_t halo, int64_t halo_step, int64_t weights, int64_t weights_step) {
     tables.pairs[count++] = {static_cast<uint32_t>(halo | halo_step << 16),
-                             static_cast<uint32_t>(atom * channels | atom_step * channels << 16)};
+                             static_cast<uint32_t>(weights | weights_step << 16)};
   };
+  const int64_t part_step = plan.part_bytes() / kChunkBytes;
+  const int64_t weight_step = int64_t{plan.part_taps} * kCoreRows;
   if (plan.is_streamed) {
     for (int64_t tap = 0; tap < weight.taps; ++tap) {
-      add(tables.shifts[tap], chunk_step, tap % kStreamPairs, kStreamPairs);
+      add(shift(tap), chunk_step, tap % kStreamTaps * kCoreRows, weight_step);
     }
     return tables;
   }
   for (int64_t chunk = 0; chunk + 1 < weight.chunks; chunk += 2) {
     for (int64_t tap = 0; tap < weight.taps; ++tap) {
-      add(chunk * chunk_step + tables.shifts[tap], chunk_step, chunk * weight.taps + tap,
-          weight.taps);
+      add(chunk * chunk_step + shift(tap), chunk_step, chunk / 2 * part_step + tap * kCoreRows,
+          weight_step);
     }
   }
   if (weight.chunks % 2 == 0) return tables;
@@ -296,15 +344,15 @@ HaloTables halo_tables(const Conv2dShape& shape, const HaloPlan& plan) {
     int64_t first = -1;
     for (int64_t tap = 0; tap <= weight.taps; ++tap) {
       const bool is_end = tap == weight.taps;
-      if (!is_end && phase_of[tap] != phase) continue;
+      if (!is_end && phase_of(shape, tap) != phase) continue;
       if (first < 0) {
         first = tap;
         continue;
       }
-      // A lone tap is paired with the zeros behind the weights.
-      const int64_t halo_step = is_end ? 1 : tables.shifts[tap] - tables.shifts[first];
-      add(last * chunk_step + tables.shifts[first], halo_step, last * weight.taps + first,
-          tap - first);
+      // A lone tap is paired with the tap of zeros, which is the one behind the last.
+      const int64_t halo_step = is_end ? 1 : shift(tap) - shift(first);
+      add(last * chunk_step + shift(first), halo_step, last / 2 * part_step + first * kCoreRows,
+          (tap - first) * kCoreRows);
       first = -1;
       if (is_end) break;
     }
@@ -312,9 +360,7 @@ HaloTables halo_tables(const Conv2dShape& shape, const HaloPlan& plan) {
   return tables;
 }
 
-HaloLayout halo_layout(const HaloPlan& plan, const WeightShape& weight) {
-  const PreparedLayout prepared = prepared_layout(weight);
-  const int64_t atom = int64_t{plan.block_channels} * kChunkBytes;
+HaloLayout halo_layout(const HaloPlan& plan) {
   int64_t offset = 0;
   const auto take = [&](int64_t bytes) {
     const int64_t start = offset;
@@ -322,30 +368,23 @@ HaloLayout halo_layout(const HaloPlan& plan, const WeightShape& weight) {
     return static_cast<int32_t>(start);
   };
   HaloLayout at;
-  at.halo = take(int64_t{kHaloStages} * plan.stage_bytes());
-  at.weights = take(plan.is_streamed ? kStreamStages * kStreamPairs * 2 * atom
-                                     : (prepared.chunks * prepared.taps + 1) * atom);
-  at.staging = take(2 * 4 * 2048);
+  at.halo = take(int64_t{plan.halo_stages} * plan.stage_bytes());
+  at.weights = take(int64_t{plan.parts} * plan.part_bytes());
   at.table = take(int64_t{plan.row_classes} * plan.column_classes * plan.block_channels * 4);
-  at.scaling = take(plan.block_channels * 8);
-  at.limits = take(plan.block_channels * 8);
-  at.bit_limits = take(plan.block_channels * 4 + 64);
-  at.activation = take(plan.block_channels * 12);
-  at.tap_counts = take(prepared.taps * plan.block_channels * 4);
-  at.pixel_counts = take(int64_t{plan.phases()} * plan.region_pixels * 4);
-  at.pixels = take(int64_t{kHaloStages} * plan.runs * kRunPixels * 12);
+  at.borders = take(int64_t{plan.row_entries.count + plan.column_entries.count} * 4);
+  at.terms = take(int64_t{kChannelTerms} * kMostChannels * 4 + 64);
   at.barriers = take(256);
   at.total = static_cast<int32_t>(std::min<int64_t>(offset, std::numeric_limits<int32_t>::max()));
   return at;
 }
 
-bool halo_accepts(const Conv2dShape& shape, int64_t shared_bytes) {
+bool halo_accepts(const Conv2dShape& shape, const HaloLimits& limits) {
   const WeightShape& weight = shape.weight;
   const int64_t group_in = weight.in_channels / weight.groups;
   const int64_t group_out = weight.out_channels / weight.groups;
   if (weight.groups > 1 && (group_in % kChunkBits != 0 || group_out % 64 != 0)) return false;
   const int64_t taps = weight.kernel_height * weight.kernel_width;
-  if (taps > kMaxTaps || taps * round_up(group_in, kChunkBits) > kMaxBits) return false;
+  if (taps > kMaxPairs || taps * round_up(group_in, kChunkBits) > kMaxBits) return false;
   if (std::max(shape.stride_height, shape.stride_width) > kStrideLimit) return false;
   if (weight.out_channels > kMaxChannels) return false;
   const int64_t pixels = shape.batch * shape.out_height() * shape.out_width();
@@ -357,6 +396,11 @@ bool halo_accepts(const Conv2dShape& shape, int64_t shared_bytes) {
     const BorderClasses rows = border_classes(rows_of(shape));
     const BorderClasses columns = border_classes(columns_of(shape));
     if (!rows.is_separable || !columns.is_separable) return false;
+    constexpr int64_t kMaxEntries = 1024;
+    if (border_entries(rows_of(shape)).count + border_entries(columns_of(shape)).count >
+        kMaxEntries) {
+      return false;
+    }
     if ((1 + rows.lost_before + rows.lost_after) * (1 + columns.lost_before + columns.lost_after) >
         kMaxBorderClasses) {
       return false;
@@ -364,7 +408,7 @@ bool halo_accepts(const Conv2dShape& shape, int64_t shared_bytes) {
   }
   if (largest_shift(rows_of(shape)) + 1 > kBoxLimit) return false;
   if (largest_shift(columns_of(shape)) + 8 > kBoxLimit) return false;
-  return smallest_plan(shape, shared_bytes).has_value();
+  return smallest_plan(shape, limits).has_value();
 }
 
 HaloPlan plan_halo(const Conv2dShape& shape, const HaloLimits& limits) {
@@ -372,24 +416,24 @@ HaloPlan plan_halo(const Conv2dShape& shape, const HaloLimits& limits) {
   const bool whole_blocks = has_whole_blocks(weight);
   Best best;
   if (weight.out_channels > 64 && whole_blocks) {
-    search(Planner(shape, 128, false), limits, shape.batch, best);
+    search(Planner(shape, limits, 128, false), limits, shape.batch, best);
   }
   // Narrow blocks give more of them to few pixels.
   const int64_t pixels = shape.batch * shape.out_height() * shape.out_width();
   const int64_t runs = ceil_div(pixels, kRunPixels) * ceil_div(weight.out_channels, 128);
   if (!best.plan || runs < 8 * limits.multiprocessors) {
-    search(Planner(shape, 64, false), limits, shape.batch, best);
+    search(Planner(shape, limits, 64, false), limits, shape.batch, best);
   }
   if (limits.least_channels < 64 && (weight.out_channels <= 32 || runs < limits.multiprocessors)) {
-    search(Planner(shape, 32, false), limits, shape.batch, best);
+    search(Planner(shape, limits, 32, false), limits, shape.batch, best);
   }
   const PreparedLayout prepared = prepared_layout(weight);
   const int64_t block_bytes = prepared.chunks * prepared.taps * 128 * kChunkBytes;
   if (whole_blocks && (!best.plan || 2 * block_bytes > limits.shared_bytes)) {
-    search(Planner(shape, 128, true), limits, shape.batch, best);
+    search(Planner(shape, limits, 128, true), limits, shape.batch, best);
   }
   if (best.plan) return *best.plan;
-  return *smallest_plan(shape, limits.shared_bytes);
+  return *smallest_plan(shape, limits);
 }
 
 }  // namespace binconv::cuda

@@ -6,6 +6,7 @@
 #include "cuda/halo.h"
 #include "cuda/numeric.cuh"
 #include "cuda/prepared_weight.h"
+#include "cuda/tap_bits.cuh"
 
 // What the tensor-core kernels share on the device: the geometry of halo.h, and how sums of
 // popcount(a & w) become convolution results. By docs/conventions.md,
@@ -29,12 +30,12 @@ struct HaloConv {
   int32_t batch, in_height, in_width, out_height, out_width;
   int32_t kernel_height, kernel_width, stride_height, stride_width, pad_top, pad_left;
   int32_t pad_value;
-  Divisor dilation_height, dilation_width, pitch, tile_images;
+  Divisor dilation_height, dilation_width, pitch, tile_images, column_tiles, row_tiles;
   int32_t taps, chunks, group_in_channels, group_out_channels;
-  int64_t prepared_channels, pixel_chunks;
+  int64_t pixel_chunks;
   const uint4* input;
-  const uint8_t* weights;
-  const int32_t* tap_counts;
+  const uint4* weights;
+  TapBits tap_bits;
 };
 
 extern __shared__ __align__(1024) uint8_t shared_memory[];
@@ -66,8 +67,8 @@ __device__ inline int32_t stage_steps(const HaloConv& conv) {
 
 // A pixel of a tile, as the epilogue needs it.
 struct Pixel {
-  float window;   // -2 * popcount(a) - kMagic
-  int32_t table;  // Index of its border class's first entry in T.
+  int32_t table;  // Its border class's first entry in T.
+  int32_t image;
   int32_t index;  // In the output, in pixels; negative if it is none.
 };
 
@@ -81,7 +82,7 @@ inline HaloConv halo_conv(const Conv2dArgs& args, const HaloPlan& plan) {
   };
   return {
       .plan = plan,
-      .at = halo_layout(plan, weight),
+      .at = halo_layout(plan),
       .tables = halo_tables(shape, plan),
       .batch = narrow(shape.batch),
       .in_height = narrow(shape.in_height),
@@ -99,15 +100,17 @@ inline HaloConv halo_conv(const Conv2dArgs& args, const HaloPlan& plan) {
       .dilation_width = dilation(shape.dilation_width, weight.kernel_width),
       .pitch = Divisor(plan.pitch),
       .tile_images = Divisor(plan.tile_images),
+      .column_tiles = Divisor(plan.column_tiles),
+      .row_tiles = Divisor(plan.row_tiles),
       .taps = narrow(prepared.taps),
       .chunks = narrow(prepared.chunks),
       .group_in_channels = narrow(weight.in_channels / weight.groups),
       .group_out_channels = narrow(weight.out_channels / weight.groups),
-      .prepared_channels = prepared.channels,
       .pixel_chunks = packed_bytes(weight.in_channels) / kChunkBytes,
       .input = reinterpret_cast<const uint4*>(args.input),
-      .weights = args.prepared_weight,
-      .tap_counts = reinterpret_cast<const int32_t*>(args.prepared_weight + prepared.bit_bytes())};
+      .weights = reinterpret_cast<const uint4*>(args.prepared_weight),
+      .tap_bits = {reinterpret_cast<const int32_t*>(args.prepared_weight + prepared.bit_bytes()),
+                   prepared.channels, narrow(weight.kernel_width)}};
 }
 
 // Blocks walk over tiles in steps of blocks.x; blocks.y are the blocks of channels.
@@ -122,11 +125,12 @@ struct TilePosition {
   int32_t image, row, column;  // The first output pixel.
 };
 
-__device__ inline TilePosition tile_position(const HaloPlan& plan, int32_t tile) {
-  const int32_t row_tile = tile / plan.column_tiles;
-  const int32_t image_tile = row_tile / plan.row_tiles;
-  return {image_tile * plan.tile_images, (row_tile - image_tile * plan.row_tiles) * plan.tile_rows,
-          (tile - row_tile * plan.column_tiles) * plan.tile_columns};
+__device__ inline TilePosition tile_position(const HaloConv& conv, int32_t tile) {
+  const auto [row_tile, column] = conv.column_tiles.divide(tile);
+  const auto [image, row] = conv.row_tiles.divide(row_tile);
+  return {static_cast<int32_t>(image) * conv.plan.tile_images,
+          static_cast<int32_t>(row) * conv.plan.tile_rows,
+          static_cast<int32_t>(column) * conv.plan.tile_columns};
 }
 
 // Where in a tile's halo, or among its output pixels, a number of halo.h's order is.
@@ -164,40 +168,27 @@ __device__ inline int32_t border_class(const AxisBorder& axis, int32_t position)
 }
 
 // The taps that are inside the input at the positions of a border class: first <= tap < end.
-struct TapRange {
-  int32_t first, end;
-};
 __device__ inline TapRange taps_inside(const AxisBorder& axis, int32_t border) {
   if (border <= axis.lost_before) return {border, axis.kernel};
   return {0, axis.kernel - (border - axis.lost_before)};
 }
 
-// Of one of the block's channels and the taps before `row` and `column`; after sum_tap_counts.
-__device__ inline int32_t tap_sum(const HaloConv& conv, int32_t row, int32_t column,
-                                  int32_t channel) {
-  if (row == 0 || column == 0) return 0;
-  const int32_t tap = (row - 1) * conv.kernel_width + column - 1;
-  return shared<int32_t>(conv.at.tap_counts)[tap * conv.plan.block_channels + channel];
-}
-
-// Entry of T, as the bits of kMagic + T.
+// Entry of T, as the bits of kMagic + T. channel: of all.
 __device__ inline int32_t table_entry(const HaloConv& conv, int32_t border, int32_t channel) {
   const int32_t row_class = border / conv.plan.column_classes;
   const int32_t column_class = border - row_class * conv.plan.column_classes;
   const TapRange rows = taps_inside(row_border(conv), row_class);
   const TapRange columns = taps_inside(column_border(conv), column_class);
-  const auto sum = [&](int32_t row, int32_t column) { return tap_sum(conv, row, column, channel); };
-  const auto zeros = [&](int32_t taps, int32_t bits) {
-    return conv.group_in_channels * taps - 2 * bits;
+  const auto zeros = [&](const TapRange& r, const TapRange& c) {
+    const int32_t taps = (r.end - r.first) * (c.end - c.first);
+    return conv.group_in_channels * taps - 2 * conv.tap_bits.count(r, c, channel);
   };
-  const int32_t inside = zeros((rows.end - rows.first) * (columns.end - columns.first),
-                               sum(rows.end, columns.end) - sum(rows.first, columns.end) -
-                                   sum(rows.end, columns.first) + sum(rows.first, columns.first));
-  const int32_t all = zeros(conv.taps, sum(conv.kernel_height, conv.kernel_width));
+  const int32_t inside = zeros(rows, columns);
+  if (conv.pad_value == 0) return kMagicBits + inside;
+  const int32_t all = zeros({0, conv.kernel_height}, {0, conv.kernel_width});
   return kMagicBits + inside - conv.pad_value * (all - inside);
 }
 
-// Without its window. No branches, so that several of these overlap.
 __device__ inline Pixel locate_pixel(const HaloConv& conv, const TilePosition& tile, int32_t flat) {
   const HaloPlan& plan = conv.plan;
   const TilePosition in_tile = halo_position(conv, flat);
@@ -205,121 +196,65 @@ __device__ inline Pixel locate_pixel(const HaloConv& conv, const TilePosition& t
   const int32_t q = tile.column + in_tile.column;
   const bool is_valid = (in_tile.row < plan.tile_rows) & (in_tile.column < plan.tile_columns) &
                         (n < conv.batch) & (p < conv.out_height) & (q < conv.out_width);
-  int32_t border = 0;
-  if (conv.pad_value != -1) {
-    border = border_class(row_border(conv), p) * plan.column_classes +
-             border_class(column_border(conv), q);
-  }
-  return {0.0f, is_valid ? border * plan.block_channels : 0,
-          is_valid ? (n * conv.out_height + p) * conv.out_width + q : -1};
+  if (!is_valid) return {0, 0, -1};
+  const int32_t* borders = shared<int32_t>(conv.at.borders);
+  const int32_t table = borders[plan.row_entries.entry(p)] +
+                        borders[plan.row_entries.count + plan.column_entries.entry(q)];
+  return {table, n, (n * conv.out_height + p) * conv.out_width + q};
 }
 
 // The following are work for `threads` threads, of which this one is number `thread`.
 
-// Turns the taps' bit counts into those of all taps up to a tap's row and column.
-__device__ inline void sum_tap_counts(const HaloConv& conv, int thread, int threads) {
-  const int32_t channels = conv.plan.block_channels;
-  for (int32_t channel = thread; channel < channels; channel += threads) {
-    int32_t* count = shared<int32_t>(conv.at.tap_counts) + channel;
-    for (int32_t i = 0; i < conv.kernel_height; ++i) {
-      int32_t row_sum = 0;
-      for (int32_t j = 0; j < conv.kernel_width; ++j, count += channels) {
-        row_sum += *count;
-        *count = row_sum + (i > 0 ? count[-conv.kernel_width * channels] : 0);
-      }
-    }
-  }
-}
-
-// threads: a multiple of the block's channels. offset: what is added to the entries of the thread's
-// channel, thread % channels.
-__device__ inline void make_table(const HaloConv& conv, int thread, int threads, int32_t offset) {
+// T of the block's channels. threads: a multiple of these channels.
+__device__ inline void make_table(const HaloConv& conv, int thread, int threads) {
   const int32_t channels = conv.plan.block_channels, channel = thread % channels;
   const int32_t classes = conv.plan.row_classes * conv.plan.column_classes;
   for (int32_t border = thread / channels; border < classes; border += threads / channels) {
     shared<int32_t>(conv.at.table)[border * channels + channel] =
-        table_entry(conv, border, channel) + offset;
+        table_entry(conv, border, first_channel(conv) + channel);
   }
 }
 
-// The bits of each pixel in a stage of the halo, added up over the steps of a tile.
-__device__ inline void count_pixels(const HaloConv& conv, int slot, bool is_first_step, int thread,
-                                    int threads) {
-  constexpr int kBatch = 4;  // At a time, since a thread spends its time waiting.
+// Where in T the border classes of rows and of columns start.
+__device__ inline void make_borders(const HaloConv& conv, int thread, int threads) {
   const HaloPlan& plan = conv.plan;
-  const uint4* halo = shared<uint4>(conv.at.halo + slot * plan.stage_bytes());
-  int32_t* counts = shared<int32_t>(conv.at.pixel_counts);
-  const int32_t pixels = plan.phases() * plan.region_pixels;
-  for (int32_t first = thread; first < pixels; first += kBatch * threads) {
-    int32_t sums[kBatch];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int32_t i = first + b * threads;
-      sums[b] = is_first_step || i >= pixels ? 0 : counts[i];
+  const bool has_classes = conv.pad_value != -1;
+  const auto make = [&](const AxisBorder& axis, const BorderEntries& entries, int32_t step,
+                        int32_t* to) {
+    for (int32_t i = thread; i < entries.count; i += threads) {
+      const int32_t position = i <= entries.before ? i : i + entries.positions - entries.count;
+      to[i] = has_classes ? border_class(axis, position) * step : 0;
     }
-    for (int32_t chunk = 0; chunk < plan.stage_chunks; ++chunk) {
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int32_t i = first + b * threads;
-        const uint4 v = i < pixels ? halo[chunk * pixels + i] : uint4{};
-        sums[b] += __popc(v.x) + __popc(v.y) + __popc(v.z) + __popc(v.w);
-      }
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int32_t i = first + b * threads;
-      if (i < pixels) counts[i] = sums[b];
-    }
-  }
+  };
+  int32_t* borders = shared<int32_t>(conv.at.borders);
+  make(row_border(conv), plan.row_entries, plan.column_classes * plan.block_channels, borders);
+  make(column_border(conv), plan.column_entries, plan.block_channels,
+       borders + plan.row_entries.count);
 }
 
-__device__ inline Pixel* pixels_at(const HaloConv& conv, int slot, int32_t run) {
-  return shared<Pixel>(conv.at.pixels) + (slot * conv.plan.runs + run) * kRunPixels;
-}
-
-__device__ inline void make_pixels(const HaloConv& conv, const TilePosition& tile, int slot,
-                                   int thread, int threads) {
-  constexpr int kBatch = 2;  // As in count_pixels.
-  const int32_t* pixel_counts = shared<int32_t>(conv.at.pixel_counts);
-  const int32_t count = conv.plan.runs * kRunPixels;
-  for (int32_t first = thread; first < count; first += kBatch * threads) {
-    Pixel pixels[kBatch];
-    const int32_t* from[kBatch];
-    int32_t bits[kBatch] = {};
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int32_t flat = first + b * threads;
-      pixels[b] = locate_pixel(conv, tile, flat);
-      from[b] = pixel_counts + (pixels[b].index >= 0 ? flat : 0);
-    }
-    for (int32_t tap = 0; tap < conv.taps; ++tap) {
-      const int32_t shift = conv.tables.shifts[tap];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) bits[b] += from[b][shift];
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      pixels[b].window = -2.0f * bits[b] - kMagic;
-      const int32_t flat = first + b * threads;
-      if (flat < count) pixels_at(conv, slot, 0)[flat] = pixels[b];
-    }
-  }
-}
-
-// What has to be zero in shared memory and no copy writes: the padding behind each halo, and the
-// weights of a lone tap's partner.
-__device__ inline void write_zeros(const HaloConv& conv, int thread, int threads) {
+// What no copy writes to shared memory: zeros in the padding behind each halo and in the weights of
+// a lone tap's partner, and the columns of ones.
+__device__ inline void write_constants(const HaloConv& conv, int thread, int threads) {
   const HaloPlan& plan = conv.plan;
-  const int32_t regions = kHaloStages * plan.stage_chunks * plan.phases();
+  const int32_t regions = plan.halo_stages * plan.stage_chunks * plan.phases();
   const int32_t tail = plan.region_pixels - plan.halo_pixels();
   for (int32_t i = thread; i < regions * tail; i += threads) {
     const int32_t region = i / tail;
     const int32_t pixel = plan.halo_pixels() + i - region * tail;
     shared<uint4>(conv.at.halo)[region * plan.region_pixels + pixel] = uint4{};
   }
-  if (plan.is_streamed) return;
-  uint4* zeros = shared<uint4>(conv.at.weights) + conv.chunks * conv.taps * plan.block_channels;
-  for (int32_t i = thread; i < plan.block_channels; i += threads) zeros[i] = uint4{};
+  uint4* weights = shared<uint4>(conv.at.weights);
+  const int32_t first_zero = plan.is_streamed ? plan.part_taps : conv.taps;
+  for (int32_t i = thread; i < plan.columns * plan.parts * plan.part_chunks; i += threads) {
+    // Of one chunk in a column.
+    const int32_t group = i / kCoreRows / plan.part_chunks;
+    const bool is_one = group % (plan.columns / kCoreRows) >= plan.block_channels / kCoreRows;
+    uint4* rows = weights + i / kCoreRows * plan.part_taps * kCoreRows + i % kCoreRows;
+    for (int32_t tap = is_one ? 0 : first_zero; tap < plan.part_taps; ++tap) {
+      const uint32_t word = tap < first_zero ? ~0u : 0;
+      rows[tap * kCoreRows] = {word, word, word, word};
+    }
+  }
 }
 
 }  // namespace binconv::cuda

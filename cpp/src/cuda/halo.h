@@ -23,73 +23,23 @@
 namespace binconv::cuda {
 
 constexpr int kRunPixels = 64;
+constexpr int kMostChannels = 128;  // Of a thread block.
 
 // What a kernel brings to a plan.
 struct HaloLimits {
   int multiprocessors;
   int shared_bytes;    // That one thread block can have.
-  int streamed_runs;   // That a thread block multiplies at once where weights are streamed.
+  int runs_at_once;    // That a thread block multiplies.
   int least_channels;  // Of a thread block: 32 or 64.
+  int ones;            // Columns of ones behind the weights of a block, in which the bits of the
+                       // pixels are counted. A multiple of 8.
+  int most_halo_stages, most_streamed_parts;  // Buffers; at least kLeastStages.
 };
 
-struct HaloPlan {
-  int32_t block_channels;  // Output channels of a thread block: 32, 64 or 128.
-  // Whether weights and channels pass through shared memory two chunks at a time. If not, all
-  // weights of the block stay there. Streaming blocks have 128 channels.
-  bool is_streamed;
-  int32_t tile_rows, tile_columns, tile_images;  // Of the output.
-  int32_t row_tiles, column_tiles;
-  int32_t tiles;
-  int32_t runs;  // Of a tile.
-  int32_t phases_height, phases_width;
-  int32_t halo_rows, pitch;
-  int32_t region_pixels;  // Of one chunk and phase, a multiple of 8; behind the halo some zeros.
-  int32_t stage_chunks;   // Chunks of the input channels in shared memory at a time.
-  int32_t pairs;          // Of chunks, that the multiplications of a stage take.
-  int32_t row_classes, column_classes;  // Border classes, below.
-  int32_t rows_lost_before, columns_lost_before;
+constexpr int kLeastStages = 2;
 
-  constexpr int32_t phases() const { return phases_height * phases_width; }
-  constexpr int32_t halo_pixels() const { return halo_rows * tile_images * pitch; }
-  constexpr int32_t stage_bytes() const { return stage_chunks * phases() * region_pixels * 16; }
-};
-
-// What one multiplication takes: two 16-byte chunks of 64 pixels and of the block's weights. In
-// units of 16 bytes, from the start of a halo stage and of the weights: the first chunk in the low
-// half of a word, how much further the second lies in the high half.
-struct HaloPair {
-  uint32_t halo, weights;
-};
-
-constexpr int kMaxPairs = 128;
-constexpr int kMaxTaps = 128;
-
-struct HaloTables {
-  HaloPair pairs[kMaxPairs];  // Of a stage.
-  int32_t shifts[kMaxTaps];   // How many pixels a tap's pixels lie behind those of the first tap.
-};
-
-HaloTables halo_tables(const Conv2dShape& shape, const HaloPlan& plan);
-
-constexpr int kHaloStages = 2;
-// A stage of streamed weights: of two chunks one after the other, this many taps each.
-constexpr int kStreamPairs = 4;
-constexpr int kStreamStages = 3;
-
-// Where everything is in shared memory, in bytes.
-struct HaloLayout {
-  int32_t halo, weights, staging, table, scaling, limits, bit_limits, activation, tap_counts,
-      pixel_counts, pixels, barriers, total;
-};
-
-HaloLayout halo_layout(const HaloPlan& plan, const WeightShape& weight);
-
-// Whether a kernel built on this, whose blocks can have that much shared memory, takes a shape at
-// all; cheap.
-bool halo_accepts(const Conv2dShape& shape, int64_t shared_bytes);
-
-// The plan of the least estimated time; the shape is one that halo_accepts with no more memory.
-HaloPlan plan_halo(const Conv2dShape& shape, const HaloLimits& limits);
+// Of the kernels, on the least of the GPUs that they run on.
+extern const HaloLimits kSm90Limits, kSm80Limits;
 
 // Border classes: output rows (or columns) that lose the same taps to the padding. Class 0 loses
 // none; classes 1 .. lost_before lose that many of the first taps, the classes after those lose
@@ -104,5 +54,98 @@ struct AxisShape {
   int64_t in, out, kernel, stride, pad, dilation;
 };
 BorderClasses border_classes(const AxisShape& axis);
+
+// Where the class of a position stands: the positions at both ends that lose taps have an entry
+// each, all between them one.
+struct BorderEntries {
+  int32_t count, before, positions;  // Entries, those at the start; positions of the output.
+
+  constexpr int32_t entry(int32_t position) const {
+    const int32_t from_end = position + count - positions;
+    const int32_t between = from_end > before ? from_end : before;
+    return position < between ? position : between;
+  }
+};
+BorderEntries border_entries(const AxisShape& axis);
+
+struct HaloPlan {
+  int32_t block_channels;  // Output channels of a thread block: 32, 64 or 128.
+  int32_t columns;         // Of its multiplications: these channels, and the ones behind them.
+  // Whether weights and channels pass through shared memory two chunks at a time. If not, all
+  // weights of the block stay there. Streaming blocks have 128 channels.
+  bool is_streamed;
+  int32_t tile_rows, tile_columns, tile_images;  // Of the output.
+  int32_t row_tiles, column_tiles;
+  int32_t tiles;
+  int32_t runs;  // Of a tile.
+  int32_t phases_height, phases_width;
+  int32_t halo_rows, pitch;
+  int32_t region_pixels;  // Of one chunk and phase, a multiple of 8; behind the halo some zeros.
+  int32_t stage_chunks;   // Chunks of the input channels in shared memory at a time.
+  int32_t halo_stages;
+  int32_t pairs;  // Of chunks, that the multiplications of a stage take.
+  // The block's weights lie in shared memory in parts: the stages of streamed weights, or all.
+  int32_t parts;
+  int32_t part_chunks, part_taps;       // Of one part.
+  int32_t row_classes, column_classes;  // Border classes, below.
+  int32_t rows_lost_before, columns_lost_before;
+  BorderEntries row_entries, column_entries;
+
+  constexpr int32_t phases() const { return phases_height * phases_width; }
+  constexpr int32_t halo_pixels() const { return halo_rows * tile_images * pitch; }
+  constexpr int32_t stage_bytes() const { return stage_chunks * phases() * region_pixels * 16; }
+  constexpr int32_t part_atoms() const { return part_chunks * part_taps; }
+  constexpr int32_t part_bytes() const { return columns * part_atoms() * 16; }
+};
+
+// What one multiplication takes: two 16-byte chunks of 64 pixels and of the block's weights. In
+// units of 16 bytes, from the start of a halo stage and of the weights: the first chunk in the low
+// half of a word, how much further the second lies in the high half.
+//
+// A part of the weights is [column / 8][chunk][tap][8][16 bytes], as in prepared_weight.h. One of
+// resident weights has two chunks of all taps; where the number of chunks is odd, also a tap of
+// zeros. One of streamed weights has two chunks of kStreamTaps taps.
+struct HaloPair {
+  uint32_t halo, weights;
+};
+
+constexpr int kMaxPairs = 128;
+
+struct HaloTables {
+  HaloPair pairs[kMaxPairs];  // Of a stage.
+};
+
+// How many pixels a tap's pixels lie behind those of the first tap.
+int64_t tap_shift(const Conv2dShape& shape, const HaloPlan& plan, int64_t tap);
+
+HaloTables halo_tables(const Conv2dShape& shape, const HaloPlan& plan);
+
+constexpr int kStreamTaps = 4;
+
+// Where everything is in shared memory, in bytes.
+struct HaloLayout {
+  int32_t halo, weights, table, borders, terms, barriers, total;
+};
+
+// What the epilogue knows of each of the block's channels.
+enum ChannelTerm {
+  kScale,
+  kBias,
+  kThreshold,
+  kThresholdSign,
+  kInShift,
+  kSlope,
+  kOutShift,
+  kBitLimit,
+  kChannelTerms
+};
+
+HaloLayout halo_layout(const HaloPlan& plan);
+
+// Whether a kernel built on this takes a shape at all; cheap.
+bool halo_accepts(const Conv2dShape& shape, const HaloLimits& limits);
+
+// The plan of the least estimated time; the shape is one that halo_accepts with no more memory.
+HaloPlan plan_halo(const Conv2dShape& shape, const HaloLimits& limits);
 
 }  // namespace binconv::cuda

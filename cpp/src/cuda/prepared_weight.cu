@@ -8,20 +8,31 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int64_t kChannelBlock = 128;
 
+__device__ int32_t count_bits(const uint4& chunk) {
+  return __popc(chunk.x) + __popc(chunk.y) + __popc(chunk.z) + __popc(chunk.w);
+}
+
+// Each thread has one tap of one channel, and counts again what the taps before it have: adding up
+// their results would take another launch.
 __global__ void __launch_bounds__(kThreads)
-    prepare_kernel(PreparedLayout layout, int64_t out_channels, int64_t packed_chunks,
-                   const uint4* packed, uint4* bits, int32_t* tap_counts) {
-  const int64_t step = layout.taps * layout.channels;
-  for (int64_t i = grid_index(); i < step; i += grid_step()) {
+    prepare_kernel(PreparedLayout layout, int64_t kernel_width, int64_t out_channels,
+                   const uint4* packed, uint4* bits, int32_t* sums) {
+  const int64_t threads = layout.taps * layout.channels;
+  for (int64_t i = grid_index(); i < threads; i += grid_step()) {
     const int64_t tap = i / layout.channels, channel = i - tap * layout.channels;
-    const uint4* from = packed + (channel * layout.taps + tap) * packed_chunks;
-    int32_t count = 0;
+    const int64_t row = tap / kernel_width, column = tap - row * kernel_width;
+    const uint4* from = packed + channel * layout.taps * layout.chunks;
+    const bool is_channel = channel < out_channels;
     for (int64_t chunk = 0; chunk < layout.chunks; ++chunk) {
-      const uint4 v = channel < out_channels ? from[chunk] : uint4{};
-      bits[chunk * step + i] = v;
-      count += __popc(v.x) + __popc(v.y) + __popc(v.z) + __popc(v.w);
+      bits[layout.chunk_index(channel, chunk, tap)] =
+          is_channel ? from[tap * layout.chunks + chunk] : uint4{};
     }
-    tap_counts[i] = count;
+    int32_t sum = 0;
+    for (int64_t r = 0; is_channel && r <= row; ++r) {
+      const int64_t first = r * kernel_width * layout.chunks;
+      for (int64_t k = 0; k < (column + 1) * layout.chunks; ++k) sum += count_bits(from[first + k]);
+    }
+    sums[i] = sum;
   }
 }
 
@@ -39,7 +50,7 @@ void prepare_weight(const WeightShape& shape, const uint8_t* packed, uint8_t* pr
                     const Queue& queue) {
   const PreparedLayout layout = prepared_layout(shape);
   launch("prepare_weight", queue, ceil_div<int64_t>(layout.taps * layout.channels, kThreads),
-         kThreads, prepare_kernel, layout, shape.out_channels, layout.chunks,
+         kThreads, prepare_kernel, layout, shape.kernel_width, shape.out_channels,
          reinterpret_cast<const uint4*>(packed), reinterpret_cast<uint4*>(prepared),
          reinterpret_cast<int32_t*>(prepared + layout.bit_bytes()));
 }

@@ -3,217 +3,223 @@
 #include "cuda/epilogue.cuh"
 #include "cuda/tile_channels.cuh"
 #include "cuda/tile_output.cuh"
-#include "cuda/tile_staging.cuh"
 
 // The end of the tensor-core kernels: a warp turns its 16 pixels of a run into outputs. Nothing is
-// shared with other warps, so that nothing has to wait.
+// shared with other warps, so that nothing has to wait, and a lane's channels are neighbours, so
+// that they leave as they are.
 
 namespace binconv::cuda {
-
-// Where element (pixel, channel) of the values and the residual lies: at base + channel * step.
-struct Rows {
-  int64_t base[2], step;
-  bool is_valid[2];
-};
-
-__device__ inline Rows locate_rows(const TileOutput& out, const Pixel (&pixels)[2]) {
-  Rows rows;
-  const bool nhwc = out.epilogue.out_layout == Layout::kNHWC;
-  rows.step = nhwc ? 1 : out.plane_pixels;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int64_t index = pixels[i].index;
-    rows.is_valid[i] = index >= 0;
-    rows.base[i] = index * out.channels;
-    if (!nhwc) {
-      const int64_t image = index / out.plane_pixels;
-      rows.base[i] = image * (out.channels - 1) * out.plane_pixels + index;
-    }
-  }
-  return rows;
-}
 
 // From accumulators to scale * acc + bias, or to acc where the output is int32.
 template <int kColumns, bool kIsSimple>
 __device__ void scale_group(const TileOutput& out, const WarpRun<kColumns>& run, int group,
                             Group& y) {
+  constexpr int kWidth = 4;
   const bool is_integer = !kIsSimple && out.epilogue.out_type == DataType::kInt32;
   const bool is_clamped = !kIsSimple && out.epilogue.clamp;
 #pragma unroll
-  for (int block = 0; block < kGroupBlocks; ++block) {
-    const int32_t column = group * kGroup + group_column(block, 0);
-    const float4 terms = run.scaling[column / 2];  // Scales, then biases of two channels.
+  for (int first = 0; first < kLaneChannels; first += kWidth) {
+    const int at = group * kGroup + first;
+    const auto scale = run.template term<kWidth>(kScale, at);
+    const auto bias = run.template term<kWidth>(kBias, at);
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const Pixel& pixel = run.pixels[row];
-      const int2 t = *reinterpret_cast<const int2*>(run.table + pixel.table + column);
-      const int32_t* d = run.acc + 4 * (group * kGroupBlocks + block) + 2 * row;
-      float a0 = __int_as_float(4 * d[0] + t.x) + pixel.window;
-      float a1 = __int_as_float(4 * d[1] + t.y) + pixel.window;
-      if (is_clamped) a0 = fmaxf(a0, 0.0f), a1 = fmaxf(a1, 0.0f);
-      y[block][row][0] = is_integer ? a0 : __fmaf_rn(a0, terms.x, terms.z);
-      y[block][row][1] = is_integer ? a1 : __fmaf_rn(a1, terms.y, terms.w);
-    }
-  }
-}
-
-// visit(value, index) for all values of a group, with where they lie.
-template <class Visit>
-__device__ void for_each(const TileOutput& out, const Rows& rows, int64_t first_channel, Group& y,
-                         const Visit& visit) {
-  const int64_t first = first_channel + group_column(0, 0);
-  const int left = static_cast<int>(min(out.channels - first, int64_t{kGroup}));
+    for (int row = 0; row < kLanePixels; ++row) {
+      const auto t = load_vector<kWidth>(run.table[row] + at);
+      const float window = -2.0f * run.window_bits[row] - kMagic;
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    int64_t index = rows.base[row] + first * rows.step;
-#pragma unroll
-    for (int block = 0; block < kGroupBlocks; ++block) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        if (rows.is_valid[row] && 8 * block + c < left) visit(y[block][row][c], index);
-        index += c == 0 ? rows.step : 7 * rows.step;  // Adding is quicker than multiplying.
+      for (int k = 0; k < kWidth; ++k) {
+        const int32_t d = accumulator(run, group, row, first + k);
+        float a = __int_as_float(4 * d + t.values[k]) + window;
+        if (is_clamped) a = fmaxf(a, 0.0f);
+        y[row][first + k] = is_integer ? a : __fmaf_rn(a, scale.values[k], bias.values[k]);
       }
     }
   }
 }
 
-// A residual that is not staged.
-__device__ inline void add_residual(const TileOutput& out, const Rows& rows, int64_t first_channel,
-                                    Group& y) {
-  for_each(out, rows, first_channel, y,
-           [&](float& value, int64_t index) { value = add_residual(out.epilogue, index, value); });
+// A lane's values of a group in memory.
+struct Place {
+  int64_t index[kLanePixels], step;  // Of the first channel; from channel to channel.
+  bool is_valid[kLanePixels];
+  int channels;  // That exist, of the lane's.
+};
+
+template <int kColumns>
+__device__ Place locate_group(const TileOutput& out, const WarpRun<kColumns>& run, int group) {
+  const bool nhwc = out.epilogue.out_layout == Layout::kNHWC;
+  const int64_t channel = run.lane_channel + group * kGroup;
+  Place place;
+  place.step = nhwc ? 1 : out.plane_pixels;
+  place.channels =
+      static_cast<int>(min(max(out.channels - channel, int64_t{0}), int64_t{kLaneChannels}));
+#pragma unroll
+  for (int row = 0; row < kLanePixels; ++row) {
+    const Pixel& pixel = run.pixels[row];
+    place.is_valid[row] = pixel.index >= 0;
+    const int64_t images = nhwc ? pixel.index : int64_t{pixel.image} * out.plane_pixels;
+    place.index[row] =
+        images * (out.channels - !nhwc) + (nhwc ? 0 : pixel.index) + channel * place.step;
+  }
+  return place;
 }
 
-// terms: from the group's first channel on; block_channels from one kind of term to the next.
-__device__ inline void activate_group(const TileOutput& out, const float* terms,
-                                      int32_t block_channels, Group& y) {
+// visit(value, index) for all of a lane's values that exist, one by one.
+template <class Visit>
+__device__ void for_each(const Place& place, Group& y, const Visit& visit) {
+#pragma unroll
+  for (int row = 0; row < kLanePixels; ++row) {
+    int64_t index = place.index[row];
+#pragma unroll
+    for (int k = 0; k < kLaneChannels; ++k, index += place.step) {
+      if (place.is_valid[row] && k < place.channels) visit(y[row][k], index);
+    }
+  }
+}
+
+// visit(first value, index) for the first of every kWidth.
+template <int kWidth, class Visit>
+__device__ void for_each_piece(const Place& place, const Visit& visit) {
+#pragma unroll
+  for (int row = 0; row < kLanePixels; ++row) {
+#pragma unroll
+    for (int k = 0; k < kLaneChannels; k += kWidth) {
+      if (place.is_valid[row] && k < place.channels) visit(row, k, place.index[row] + k);
+    }
+  }
+}
+
+__device__ inline void add_residual(const TileOutput& out, const Place& place, Group& y) {
+  if (!out.residual_in_pieces) {
+    return for_each(place, y, [&](float& value, int64_t index) {
+      value = add_residual(out.epilogue, index, value);
+    });
+  }
+  const auto add = [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    constexpr int kWidth = kVectorWidth<T>;
+    for_each_piece<kWidth>(place, [&](int row, int first, int64_t index) {
+      const auto piece = load_vector<kWidth>(static_cast<const T*>(out.epilogue.residual) + index);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        y[row][first + k] = __fadd_rn(y[row][first + k], to_float(piece.values[k]));
+      }
+    });
+  };
+  switch (out.epilogue.residual_type) {
+    case DataType::kFloat16:
+      return add(std::type_identity<__half>{});
+    case DataType::kBFloat16:
+      return add(std::type_identity<__nv_bfloat16>{});
+    default:
+      return add(std::type_identity<float>{});
+  }
+}
+
+template <int kColumns>
+__device__ void activate_group(const TileOutput& out, const WarpRun<kColumns>& run, int group,
+                               Group& y) {
+  constexpr int kWidth = 4;
   const bool is_relu = !out.epilogue.activation.slope;
 #pragma unroll
-  for (int block = 0; block < kGroupBlocks; ++block) {
-    const float* at = terms + group_column(block, 0);
-    const float2 in = *reinterpret_cast<const float2*>(at);
-    const float2 slope = *reinterpret_cast<const float2*>(at + block_channels);
-    const float2 shift = *reinterpret_cast<const float2*>(at + 2 * block_channels);
+  for (int first = 0; first < kLaneChannels; first += kWidth) {
+    const int at = group * kGroup + first;
+    const auto in = run.template term<kWidth>(kInShift, at);
+    const auto slope = run.template term<kWidth>(kSlope, at);
+    const auto shift = run.template term<kWidth>(kOutShift, at);
 #pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float (&pair)[2] = y[block][row];
-      pair[0] = apply_activation(pair[0], {in.x, slope.x, shift.x, is_relu});
-      pair[1] = apply_activation(pair[1], {in.y, slope.y, shift.y, is_relu});
+    for (int k = 0; k < kWidth; ++k) {
+      const ActivationTerms terms = {in.values[k], slope.values[k], shift.values[k], is_relu};
+#pragma unroll
+      for (int row = 0; row < kLanePixels; ++row) {
+        y[row][first + k] = apply_activation(y[row][first + k], terms);
+      }
     }
   }
 }
 
-// Of the channels from first_channel on, a word: those that exist.
-__device__ inline uint32_t valid_bits(const TileOutput& out, int64_t first_channel) {
-  const int64_t left = out.channels - first_channel;
-  return left >= kGroup ? ~0u : (1u << left) - 1;
-}
-
-// The bits of a row's four lanes together.
-__device__ inline uint32_t join_lanes(uint32_t word) {
-  word |= __shfl_xor_sync(kWholeWarp, word, 1);
-  return word | __shfl_xor_sync(kWholeWarp, word, 2);
-}
-
-// From the bits of a lane's 8 columns to their places in a group's word: two bits of every byte.
-__device__ inline uint32_t spread_columns(uint32_t bits) {
-  bits = (bits | bits << 12) & 0x000f000f;
-  bits = (bits | bits << 6) & 0x03030303;
-  return bits << threadIdx.x % 4 * 2;
-}
-
-// The bits of a group, for both rows; every lane of a row's four gets its word.
-__device__ inline void pack_group(const TileOutput& out, int64_t first_channel,
-                                  const float4* limits, Group& y, uint32_t (&words)[2]) {
-  float hits[2] = {};  // Of the lane's columns. As floats, comparing and adding take one step each.
-#pragma unroll
-  for (int block = 0; block < kGroupBlocks; ++block) {
-    const float4 limit = limits[group_column(block, 0) / 2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      const float first = passes(y[block][row][0], limit.x, limit.z) ? 1.0f : 0.0f;
-      const float second = passes(y[block][row][1], limit.y, limit.w) ? 1.0f : 0.0f;
-      hits[row] = __fmaf_rn(first, 1 << 2 * block, hits[row]);
-      hits[row] = __fmaf_rn(second, 2 << 2 * block, hits[row]);
-    }
-  }
-#pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const uint32_t columns = spread_columns(static_cast<uint32_t>(hits[row]));
-    words[row] = join_lanes(columns) & valid_bits(out, first_channel);
-  }
-}
-
-// The same from accumulators, where the block's bit limits are used.
+// The bits of a lane's channels, for each of its pixels one byte of a word.
 template <int kColumns>
-__device__ void compare_group(const TileOutput& out, const WarpRun<kColumns>& run, int group,
-                              uint32_t flipped, uint32_t (&words)[2]) {
+__device__ void compare_group(const WarpRun<kColumns>& run, int group, const Group& y,
+                              uint32_t (&bytes)[kLanePixels]) {
+  constexpr int kWidth = 4;
+  float hits[kLanePixels] = {};  // As floats, comparing and adding take one step each.
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    const Pixel& pixel = run.pixels[row];
-    const int32_t window = static_cast<int32_t>(pixel.window + kMagic);
-    uint32_t misses = 0;  // Of the lane's columns, the last one first: the signs of acc - limit.
+  for (int first = 0; first < kLaneChannels; first += kWidth) {
+    const auto limit = run.template term<kWidth>(kThreshold, group * kGroup + first);
+    const auto sign = run.template term<kWidth>(kThresholdSign, group * kGroup + first);
 #pragma unroll
-    for (int block = kGroupBlocks - 1; block >= 0; --block) {
-      const int32_t column = group * kGroup + group_column(block, 0);
-      const int2 t = *reinterpret_cast<const int2*>(run.table + pixel.table + column);
-      const int32_t* d = run.acc + 4 * (group * kGroupBlocks + block) + 2 * row;
-      misses = __funnelshift_l(4 * d[1] + t.y + window, misses, 1);
-      misses = __funnelshift_l(4 * d[0] + t.x + window, misses, 1);
+    for (int row = 0; row < kLanePixels; ++row) {
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        const bool hit = passes(y[row][first + k], limit.values[k], sign.values[k]);
+        hits[row] = __fmaf_rn(hit ? 1.0f : 0.0f, 1 << (first + k), hits[row]);
+      }
     }
-    const uint32_t hits = ~join_lanes(spread_columns(misses));
-    words[row] = (hits ^ flipped) & valid_bits(out, run.first_channel + group * kGroup);
+  }
+#pragma unroll
+  for (int row = 0; row < kLanePixels; ++row) {
+    bytes[row] |= static_cast<uint32_t>(hits[row]) << 8 * group;
   }
 }
 
-// Lane q of a row's four stores word q of the run's channels; those of the last channels also the
-// zeros behind them.
-template <int kWords>
-__device__ void store_words(const TileOutput& out, void* bits, const Pixel (&pixels)[2],
-                            int64_t first_channel, const uint32_t (&words)[kWords][2]) {
+// A row's four lanes have a byte of each of four words; lane q gets word q.
+__device__ inline uint32_t join_bytes(uint32_t bytes) {
   const int q = threadIdx.x % 4;
-  const int32_t first = static_cast<int32_t>(first_channel / kGroup);
-  const bool is_last = first_channel + kWords * kGroup >= out.channels;
-  if (first + q >= out.packed_words || (q >= kWords && !is_last)) return;
+  const uint32_t neighbour = __shfl_xor_sync(kWholeWarp, bytes, 1);
+  bytes = __byte_perm(bytes, neighbour, q % 2 == 0 ? 0x6240 : 0x3715);
+  const uint32_t opposite = __shfl_xor_sync(kWholeWarp, bytes, 2);
+  return __byte_perm(bytes, opposite, q < 2 ? 0x5410 : 0x3276);
+}
+
+// bytes: of the lane's channels in each group. Lane q of a row's four stores word q of the run's
+// channels; those of the last channels also the zeros behind them.
+template <int kColumns>
+__device__ void store_bits(const TileOutput& out, const WarpRun<kColumns>& run, void* bits,
+                           const uint32_t (&bytes)[kLanePixels], uint32_t flipped) {
+  const int q = threadIdx.x % 4;
+  const int32_t first = run.first_channel / kGroup + q;
+  const int64_t left = out.channels - int64_t{first} * kGroup;
+  const uint32_t exist = left >= kGroup ? ~0u : left > 0 ? (1u << left) - 1 : 0;
+  const bool is_last = run.first_channel + kColumns >= out.channels;
+  const bool is_mine = first < out.packed_words && (q < kColumns / kGroup || is_last);
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    uint32_t word = 0;
-#pragma unroll
-    for (int k = 0; k < kWords; ++k) word = q == k ? words[k][row] : word;
-    if (pixels[row].index < 0) continue;
-    static_cast<uint32_t*>(bits)[int64_t{pixels[row].index} * out.packed_words + first + q] = word;
+  for (int row = 0; row < kLanePixels; ++row) {
+    const uint32_t word = (join_bytes(bytes[row]) ^ flipped) & exist;
+    const int64_t pixel = run.pixels[row].index;
+    if (is_mine && pixel >= 0) {
+      static_cast<uint32_t*>(bits)[pixel * out.packed_words + first] = word;
+    }
   }
 }
 
 template <class T>
-__device__ void store_group(const TileOutput& out, const PieceRows& pieces, uint8_t* staging,
-                            const Rows& rows, int64_t first_channel, int group, bool is_last,
-                            Group& y) {
-  if (out.has_pieces) {
-    const int64_t channels = min(out.channels - first_channel, int64_t{kGroup});
-    return store_pieces<T>(pieces, staging, group, is_last, static_cast<int>(channels), y);
-  }
-  for_each(out, rows, first_channel, y, [&](float value, int64_t index) {
-    static_cast<T*>(out.data)[index] = from_float<T>(value);
+__device__ void store_pieces(T* data, const Place& place, const Group& y) {
+  constexpr int kWidth = kVectorWidth<T>;
+  for_each_piece<kWidth>(place, [&](int row, int first, int64_t index) {
+    Vector<T, kWidth> piece;
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) piece.values[k] = from_float<T>(y[row][first + k]);
+    store_vector(data + index, piece);
   });
 }
 
-__device__ inline void store_values(const TileOutput& out, const PieceRows& pieces,
-                                    uint8_t* staging, const Rows& rows, int64_t first_channel,
-                                    int group, bool is_last, Group& y) {
-  const auto store = [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    store_group<T>(out, pieces, staging, rows, first_channel, group, is_last, y);
-  };
+template <class T>
+__device__ void store_values(const TileOutput& out, const Place& place, Group& y) {
+  T* data = static_cast<T*>(out.data);
+  if (out.has_pieces) return store_pieces(data, place, y);
+  for_each(place, y, [&](float value, int64_t index) { data[index] = from_float<T>(value); });
+}
+
+__device__ inline void store_values(const TileOutput& out, const Place& place, Group& y) {
   switch (out.epilogue.out_type) {
     case DataType::kFloat16:
-      return store(std::type_identity<__half>{});
+      return store_values<__half>(out, place, y);
     case DataType::kBFloat16:
-      return store(std::type_identity<__nv_bfloat16>{});
+      return store_values<__nv_bfloat16>(out, place, y);
     case DataType::kFloat32:
-      return store(std::type_identity<float>{});
+      return store_values<float>(out, place, y);
     case DataType::kInt32:
-      return store(std::type_identity<int32_t>{});
+      return store_values<int32_t>(out, place, y);
     default:
       return;
   }
@@ -223,84 +229,94 @@ __device__ inline void store_values(const TileOutput& out, const PieceRows& piec
 // value or group.
 template <class T, int kColumns>
 __device__ void store_simple_run(const TileOutput& out, const WarpRun<kColumns>& run) {
-  const PieceRows rows = locate_pieces(out, run);
+  Place place = {.step = 1, .channels = kLaneChannels};
+#pragma unroll
+  for (int row = 0; row < kLanePixels; ++row) {
+    place.index[row] = run.pixels[row].index * out.channels + run.lane_channel;
+    place.is_valid[row] = run.pixels[row].index >= 0;
+  }
 #pragma unroll
   for (int group = 0; group < kColumns / kGroup; ++group) {
     Group y;
     scale_group<kColumns, true>(out, run, group, y);
-    store_pieces<T>(rows, run.staging, group, group + 1 == kColumns / kGroup, kGroup, y);
+    store_pieces(static_cast<T*>(out.data) + group * kGroup, place, y);
   }
 }
 
+// Bits alone, from comparing sums with limits.
 template <int kColumns>
 __device__ void store_compared_run(const TileOutput& out, const WarpRun<kColumns>& run,
-                                   const uint32_t* flipped) {
-  constexpr int kGroups = kColumns / kGroup;
-  uint32_t words[kGroups][2] = {};
+                                   uint32_t flipped) {
+  constexpr int kWidth = 4;
+  uint32_t misses[kLanePixels] = {};  // The last channel first: the signs of acc - limit.
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    if (run.first_channel + group * kGroup >= out.channels) break;
-    compare_group(out, run, group, flipped[group], words[group]);
+  for (int channel = kColumns / 4 - kWidth; channel >= 0; channel -= kWidth) {
+    const int group = channel / kLaneChannels, first = channel % kLaneChannels;
+    const int at = group * kGroup + first;
+    const auto limit = run.template term<kWidth>(kBitLimit, at);
+#pragma unroll
+    for (int row = 0; row < kLanePixels; ++row) {
+      const auto t = load_vector<kWidth>(run.table[row] + at);
+#pragma unroll
+      for (int k = kWidth - 1; k >= 0; --k) {
+        const int32_t sum = 4 * accumulator(run, group, row, first + k) + t.values[k];
+        const int32_t above = sum - 2 * run.window_bits[row] + __float_as_int(limit.values[k]);
+        misses[row] = __funnelshift_l(above, misses[row], 1);
+      }
+    }
   }
-  store_words<kGroups>(out, out.data, run.pixels, run.first_channel, words);
+  const uint32_t bytes[kLanePixels] = {~misses[0], ~misses[1]};
+  store_bits(out, run, out.data, bytes, flipped);
 }
 
 template <int kColumns>
 __device__ void store_any_run(const TileOutput& out, const WarpRun<kColumns>& run) {
-  constexpr int kGroups = kColumns / kGroup;
-  const Rows rows = locate_rows(out, run.pixels);
-  const PieceRows pieces = locate_pieces(out, run);
-  Residual residual;
-  if (out.stages_residual) {
-    load_residual(pieces, residual_distance(out), 0,
-                  (out.channels - run.first_channel) * out.value_bytes, residual);
-  }
   void* bits = out.epilogue.out_type == DataType::kBits ? out.data : out.epilogue.bits;
-  uint32_t words[kGroups][2] = {};
+  uint32_t bytes[kLanePixels] = {};
 #pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    const int64_t channel = run.first_channel + group * kGroup;
-    if (channel >= out.channels) break;
+  for (int group = 0; group < kColumns / kGroup; ++group) {
+    if (run.first_channel + group * kGroup >= out.channels) break;
+    const Place place = locate_group(out, run, group);
     Group y;
     scale_group<kColumns, false>(out, run, group, y);
-    if (out.stages_residual) {
-      add_staged_residual(out, pieces, residual, run.staging, channel, group, y);
-    } else if (out.epilogue.residual) {
-      add_residual(out, rows, channel, y);
-    }
-    if (out.epilogue.activation.enabled) {
-      activate_group(out, run.activation + group * kGroup, run.block_channels, y);
-    }
-    if (bits) pack_group(out, channel, run.limits + group * kGroup / 2, y, words[group]);
-    const bool is_last = group + 1 == kGroups || channel + kGroup >= out.channels;
-    store_values(out, pieces, run.staging, rows, channel, group, is_last, y);
+    if (out.epilogue.residual) add_residual(out, place, y);
+    if (out.epilogue.activation.enabled) activate_group(out, run, group, y);
+    if (bits) compare_group(run, group, y, bytes);
+    store_values(out, place, y);
   }
-  if (bits) store_words<kGroups>(out, bits, run.pixels, run.first_channel, words);
+  if (bits) store_bits(out, run, bits, bytes, 0);
 }
 
-// acc: of a warp's 16 pixels and of kColumns channels from the block's channel `column`;
-// warp_pixels: those pixels; warp: the number of the warp among those that call.
+// acc: of a warp's 16 pixels and of kColumns channels from the block's channel `column` on;
+// window_bits: popcount(a) of the lane's pixels; pixel: number lane % 16 of the warp's.
 template <int kColumns>
-__device__ void store_run(const TileOutput& out, const HaloConv& conv, int32_t column,
-                          const int32_t (&acc)[kColumns / 2], const Pixel* warp_pixels, int warp) {
-  const int lane_row = threadIdx.x % kWarpSize / 4;
-  int32_t first = first_channel(conv) + column;
-  asm volatile("" : "+r"(first));  // Else every channel's addresses are kept from run to run.
-  const WarpRun<kColumns> run = {.acc = acc,
-                                 .warp_pixels = warp_pixels,
-                                 .pixels = {warp_pixels[lane_row], warp_pixels[lane_row + 8]},
-                                 .table = shared<int32_t>(conv.at.table) + column,
-                                 .scaling = shared<float4>(conv.at.scaling) + column / 2,
-                                 .limits = shared<float4>(conv.at.limits) + column / 2,
-                                 .activation = shared<float>(conv.at.activation) + column,
-                                 .block_channels = conv.plan.block_channels,
-                                 .staging = shared<uint8_t>(conv.at.staging) + warp * kWarpStaging,
-                                 .first_channel = first};
-  const BitLimits limits = bit_limits(conv);
-  if (out.is_bits && *limits.are_used) {
-    return store_compared_run(out, run, limits.flipped + column / kGroup);
+__device__ void store_run(const TileConv& args, int32_t column, bool has_limits, const int32_t* acc,
+                          const int32_t (&window_bits)[kLanePixels], const Pixel& pixel) {
+  const auto& [conv, out] = args;
+  const int lane = threadIdx.x % kWarpSize, q = lane % 4;
+  const int32_t lane_column = column + q * kLaneChannels;
+  const int32_t first = first_channel(conv);
+  WarpRun<kColumns> run = {.acc = acc,
+                           .pixels = {},
+                           .window_bits = {window_bits[0], window_bits[1]},
+                           .table = {},
+                           .terms = shared<float>(conv.at.terms) + lane_column,
+                           .first_channel = first + column,
+                           .lane_channel = first + lane_column};
+#pragma unroll
+  for (int row = 0; row < kLanePixels; ++row) {
+    const auto of_row = [&](int32_t value) {
+      return __shfl_sync(kWholeWarp, value, lane / 4 + row * kWarpPixels / 2);
+    };
+    run.pixels[row] = {of_row(pixel.table), of_row(pixel.image), of_row(pixel.index)};
+    run.table[row] = shared<int32_t>(conv.at.table) + run.pixels[row].table + lane_column;
   }
-  if (!out.is_simple || first + kColumns > out.channels) return store_any_run(out, run);
+  if (has_limits) {
+    return store_compared_run(out, run, flipped_words(conv)[(column / kGroup + q) % 4]);
+  }
+  if (!out.is_simple || run.first_channel + kColumns > out.channels) {
+    return store_any_run(out, run);
+  }
   switch (out.epilogue.out_type) {
     case DataType::kFloat16:
       return store_simple_run<__half>(out, run);

@@ -7,27 +7,28 @@
 
 // What the tensor-core kernels are to make of their sums, and what a warp holds while it does.
 //
-// A lane holds, for rows i of {lane / 4, lane / 4 + 8} of a warp's 16 pixels and columns 8 * j + 2
-// * (lane % 4) + c of its channels, the accumulator [4 * j + 2 * i + c].
+// Of a warp's 16 pixels and each group of 32 channels, lane 4 * r + q holds pixels r and r + 8 and
+// the 8 neighbouring channels from 8 * q on: a value's channel 2 * j + c among them is column 8 * j
+// + 2 * q + c of the multiplication (prepared_weight.h).
 
 namespace binconv::cuda {
 
 constexpr int kWarpPixels = 16;
-constexpr int kGroup = 32;       // Columns that are finished together: a word of bits.
-constexpr int kGroupBlocks = 4;  // Of 8 columns.
+constexpr int kGroup = 32;  // Channels that are finished together.
+constexpr int kLaneChannels = 8;
+constexpr int kLanePixels = 2;
 
 struct TileOutput {
   Epilogue epilogue;
   void* data;
   int64_t plane_pixels;  // out_height * out_width
   int64_t channels;
-  int64_t value_bytes;   // Of one value.
-  int32_t packed_words;  // Of a pixel of bits.
-  bool has_pieces;       // Rows of values start and end at 16-byte pieces.
-  bool is_plain;         // Nothing happens between scale and bias and the output.
-  bool is_simple;        // All of this: plain floating-point values in pieces, no clamp, no bits.
-  bool is_bits;          // Plain, and only bits are asked for.
-  bool stages_residual;  // The residual lies like the values, which are in pieces.
+  int32_t packed_words;     // Of a pixel of bits.
+  bool has_pieces;          // A lane's values are in 16-byte pieces, also in memory.
+  bool residual_in_pieces;  // The same of the residual.
+  // Nothing happens between scale and bias and
+  bool is_simple;  // floating-point values in pieces; no clamp, no bits.
+  bool is_bits;    // bits, the only output.
 };
 
 // The parameter of a kernel.
@@ -39,52 +40,54 @@ struct TileConv {
 inline TileOutput tile_output(const Conv2dArgs& args) {
   const Epilogue& epilogue = args.epilogue;
   const int64_t channels = args.shape.weight.out_channels;
+  const auto in_pieces = [&](const void* data, int64_t value_bytes) {
+    return epilogue.out_layout == Layout::kNHWC && channels * value_bytes % kVectorBytes == 0 &&
+           is_vector_aligned(data);
+  };
   const bool has_values = epilogue.out_type != DataType::kBits;
-  const int64_t value_bytes = has_values ? element_bytes(epilogue.out_type) : 0;
-  const bool has_pieces = epilogue.out_layout == Layout::kNHWC &&
-                          channels * value_bytes % kVectorBytes == 0 &&
-                          is_vector_aligned(args.output);
+  const bool has_pieces = has_values && in_pieces(args.output, element_bytes(epilogue.out_type));
   const bool is_plain = !epilogue.residual && !epilogue.activation.enabled;
   const bool is_float = has_values && epilogue.out_type != DataType::kInt32;
   return {.epilogue = epilogue,
           .data = args.output,
           .plane_pixels = args.shape.out_height() * args.shape.out_width(),
           .channels = channels,
-          .value_bytes = value_bytes,
           .packed_words = static_cast<int32_t>(packed_bytes(channels) / sizeof(uint32_t)),
           .has_pieces = has_pieces,
-          .is_plain = is_plain,
+          .residual_in_pieces = epilogue.residual &&
+                                in_pieces(epilogue.residual, element_bytes(epilogue.residual_type)),
           .is_simple = is_float && is_plain && has_pieces && !epilogue.clamp && !epilogue.bits,
-          .is_bits = !has_values && is_plain,
-          .stages_residual = has_values && has_pieces && epilogue.residual &&
-                             element_bytes(epilogue.residual_type) == value_bytes &&
-                             is_vector_aligned(epilogue.residual)};
+          .is_bits = !has_values && is_plain};
 }
 
 inline TileConv tile_conv(const Conv2dArgs& args, const HaloPlan& plan) {
   return {halo_conv(args, plan), tile_output(args)};
 }
 
-// What one lane has of a group: [block of 8 columns][row][column].
-using Group = float[kGroupBlocks][2][2];
-
-__device__ inline int32_t group_column(int block, int c) {
-  return 8 * block + 2 * static_cast<int32_t>(threadIdx.x % 4) + c;
-}
+// What one lane has of a group.
+using Group = float[kLanePixels][kLaneChannels];
 
 // What a warp turns into outputs.
 template <int kColumns>
 struct WarpRun {
-  const int32_t (&acc)[kColumns / 2];
-  const Pixel* warp_pixels;
-  Pixel pixels[2];       // Of this lane.
-  const int32_t* table;  // From here on in shared memory, from the run's first channel.
-  const float4* scaling;
-  const float4* limits;
-  const float* activation;
-  int32_t block_channels;
-  uint8_t* staging;
-  int32_t first_channel;
+  const int32_t* acc;                 // kColumns / 2 of them.
+  Pixel pixels[kLanePixels];          // Of this lane.
+  int32_t window_bits[kLanePixels];   // popcount(a)
+  const int32_t* table[kLanePixels];  // T of the pixel, from the lane's first channel on.
+  const float* terms;                 // Of the same channel, kScale and so on.
+  int32_t first_channel;              // Of the run.
+  int32_t lane_channel;               // The lane's first channel.
+
+  template <int kWidth>
+  __device__ Vector<float, kWidth> term(ChannelTerm which, int channel) const {
+    return load_vector<kWidth>(terms + which * kMostChannels + channel);
+  }
 };
+
+// What a lane has of pixel `row` of its pixels and channel `channel` of a group's.
+template <int kColumns>
+__device__ int32_t accumulator(const WarpRun<kColumns>& run, int group, int row, int channel) {
+  return run.acc[4 * (4 * group + channel / 2) + 2 * row + channel % 2];
+}
 
 }  // namespace binconv::cuda

@@ -22,59 +22,63 @@ __device__ void wgmma_wait() {
 }
 
 // clang-format off
-#define BINCONV_D4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
-#define BINCONV_D16(i) BINCONV_D4(i), BINCONV_D4(i + 4), BINCONV_D4(i + 8), BINCONV_D4(i + 12)
+#define BINCONV_D8(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3]), \
+                      "+r"(d[i + 4]), "+r"(d[i + 5]), "+r"(d[i + 6]), "+r"(d[i + 7])
+#define BINCONV_D24(i) BINCONV_D8(i), BINCONV_D8(i + 8), BINCONV_D8(i + 16)
 // clang-format on
 
 // kAccumulate: d counts on from its value, else from 0. A constant, since the compiler serializes
 // multiplications whose accumulators it cannot tell to be defined.
 template <bool kAccumulate>
-__device__ void wgmma_and_popcount(int32_t (&d)[16], uint64_t a, uint64_t b) {
+__device__ void wgmma_and_popcount(int32_t (&d)[24], uint64_t a, uint64_t b) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "setp.ne.b32 p, %18, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k256.s32.b1.b1.and.popc "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-      "%16, %17, p;\n"
-      "}\n"
-      : BINCONV_D16(0)
-      : "l"(a), "l"(b), "n"(kAccumulate));
-}
-
-template <bool kAccumulate>
-__device__ void wgmma_and_popcount(int32_t (&d)[32], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n"
-      ".reg .pred p;\n"
-      "setp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k256.s32.b1.b1.and.popc "
+      "setp.ne.b32 p, %26, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n48k256.s32.b1.b1.and.popc "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
-      "%32, %33, p;\n"
+      "%16, %17, %18, %19, %20, %21, %22, %23}, "
+      "%24, %25, p;\n"
       "}\n"
-      : BINCONV_D16(0), BINCONV_D16(16)
+      : BINCONV_D24(0)
       : "l"(a), "l"(b), "n"(kAccumulate));
 }
 
 template <bool kAccumulate>
-__device__ void wgmma_and_popcount(int32_t (&d)[64], uint64_t a, uint64_t b) {
+__device__ void wgmma_and_popcount(int32_t (&d)[40], uint64_t a, uint64_t b) {
   asm volatile(
       "{\n"
       ".reg .pred p;\n"
-      "setp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k256.s32.b1.b1.and.popc "
+      "setp.ne.b32 p, %42, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n80k256.s32.b1.b1.and.popc "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39}, "
+      "%40, %41, p;\n"
+      "}\n"
+      : BINCONV_D24(0), BINCONV_D8(24), BINCONV_D8(32)
+      : "l"(a), "l"(b), "n"(kAccumulate));
+}
+
+template <bool kAccumulate>
+__device__ void wgmma_and_popcount(int32_t (&d)[72], uint64_t a, uint64_t b) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %74, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n144k256.s32.b1.b1.and.popc "
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, p;\n"
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "
+      "%64, %65, %66, %67, %68, %69, %70, %71}, "
+      "%72, %73, p;\n"
       "}\n"
-      : BINCONV_D16(0), BINCONV_D16(16), BINCONV_D16(32), BINCONV_D16(48)
+      : BINCONV_D24(0), BINCONV_D24(24), BINCONV_D24(48)
       : "l"(a), "l"(b), "n"(kAccumulate));
 }
 
-#undef BINCONV_D16
-#undef BINCONV_D4
+#undef BINCONV_D24
+#undef BINCONV_D8
 
 }  // namespace binconv::cuda

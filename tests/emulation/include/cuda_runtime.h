@@ -56,9 +56,20 @@ inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (shift % 32));
 }
+// Byte i is the one that digit i of the selector names, 4 to 7 being those of `high`.
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+  const uint64_t bytes = uint64_t{high} << 32 | low;
+  unsigned result = 0;
+  for (int i = 0; i < 4; ++i) {
+    const unsigned digit = selector >> 4 * i & 7;
+    result |= static_cast<unsigned>(bytes >> 8 * digit & 0xff) << 8 * i;
+  }
+  return result;
+}
 inline float __int_as_float(int value) { return std::bit_cast<float>(value); }
 inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
 inline float __int2float_rn(int value) { return static_cast<float>(value); }
+inline int __float2int_rn(float value) { return static_cast<int>(std::nearbyint(value)); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fmul_rn(float a, float b) { return a * b; }

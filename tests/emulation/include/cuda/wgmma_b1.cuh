@@ -14,7 +14,7 @@ void wgmma_wait() {
 }
 template <bool kAccumulate, int kSize>
 void wgmma_and_popcount(int32_t (&d)[kSize], uint64_t a, uint64_t b) {
-  static_assert(kSize == 16 || kSize == 32 || kSize == 64);
+  static_assert(kSize == 24 || kSize == 40 || kSize == 72);
   emulation::multiply_async(d, 2 * kSize, kAccumulate, a, b);
 }
 
