@@ -25,7 +25,7 @@ std::optional<HaloPlan> draw_plan(const Conv2dShape& shape, const HaloLimits& li
                              : std::min(shape.batch, random.pick<int64_t>({1, 1, 2, 3, 4, 8}));
   const Planner planner(shape, limits, channels, is_streamed);
   HaloPlan plan = planner.plan(rows, columns, images, pitch_of(planner.columns(), columns));
-  if (is_streamed && plan.runs > limits.runs_at_once) return std::nullopt;
+  if (is_streamed && plan.runs > plan.runs_at_once(limits)) return std::nullopt;
   if (!planner.fit(plan)) return std::nullopt;
   return plan;
 }

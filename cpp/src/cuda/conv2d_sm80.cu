@@ -151,13 +151,20 @@ __device__ Unit unit_at(const HaloPlan& plan, int32_t index) {
 
 __device__ void finish(const TileConv& args, const Unit& unit, const Accumulators& acc,
                        const TilePosition& tile, bool has_limits) {
+  const int32_t lane_column = unit.column + threadIdx.x % 4 * kLaneChannels;
+  const LaneScale<kUnitChannels, true> scale(shared<float>(args.conv.at.terms) + lane_column,
+                                             has_limits);
 #pragma unroll
   for (int i = 0; i < kRowBlocks; ++i) {
-    const int32_t pixel = unit.run * kRunPixels + i * kWarpPixels + threadIdx.x % kWarpPixels;
-    const int32_t* ones = acc[i] + 4 * kColumnBlocks;
-    const int32_t window_bits[kLanePixels] = {ones[0], ones[2]};
-    store_run<kUnitChannels>(args, unit.column, has_limits, acc[i], window_bits,
-                             locate_pixel(args.conv, tile, pixel));
+    WarpRun<kUnitChannels> run =
+        locate_run<kUnitChannels>(args.conv, tile, unit.run * kRunPixels + i * kWarpPixels,
+                                  first_channel(args.conv), unit.column);
+    run.acc = acc[i];
+#pragma unroll
+    for (int row = 0; row < kLanePixels; ++row) {
+      run.window_bits[row] = acc[i][4 * kColumnBlocks + 2 * row];
+    }
+    store_run(args, run, scale, load_table(run, 0), unit.column, has_limits);
   }
 }
 
@@ -291,7 +298,9 @@ void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
 
 const HaloLimits kSm80Limits = {.multiprocessors = 84,  // Of the smallest GPU: 8.6 and 8.9
                                 .shared_bytes = 99 * 1024,
-                                .runs_at_once = kStreamedRuns,
+                                .wide_runs = kStreamedRuns,
+                                .narrow_runs = 2 * kStreamedRuns,
+                                .streamed_runs = kStreamedRuns,
                                 .least_channels = kUnitChannels,
                                 .ones = 0,  // In registers.
                                 .most_halo_stages = 2,

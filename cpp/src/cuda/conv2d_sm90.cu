@@ -33,16 +33,30 @@ using cutlass::arch::ClusterTransactionBarrier;
 
 constexpr int kWarpgroup = 128;
 constexpr int kWarpgroupWarps = kWarpgroup / kWarpSize;
-constexpr int kConsumers = 3;  // Warpgroups.
-constexpr int kMultipliers = kConsumers * kWarpgroup;
-constexpr int kThreads = kMultipliers + kWarpgroup;  // Of the last warpgroup, one thread loads.
-// Of each thread. A block starts with 128 for each, and the sum over its warpgroups cannot grow.
-constexpr int kLoaderRegisters = 32, kConsumerRegisters = 160;
 constexpr int kOnes = 16;  // 8 would do, but b1 multiplications grow by 16 columns.
-constexpr int kMostHaloStages = 1 + kConsumers, kMostStreamedParts = 8;
+constexpr int kMostHaloStages = 4, kMostStreamedParts = 8;
 // Resident weights arrive in parts too, so that the first multiplications need not wait for the
 // last weights. What is beyond these counts with the last of them.
 constexpr int kMostParts = kMostStreamedParts;
+
+// How a block of a number of channels is worked on. One warpgroup more loads; its first thread is
+// enough. Registers are those of each thread: a block starts with an equal share for each, and the
+// sum over its warpgroups cannot grow.
+template <int kChannels>
+struct Block {
+  static constexpr int kConsumers = 3;  // Warpgroups that multiply.
+  static constexpr int kConsumerRegisters = 160, kLoaderRegisters = 32;
+};
+template <>
+struct Block<kMostChannels> {
+  static constexpr int kConsumers = 2;
+  static constexpr int kConsumerRegisters = 240, kLoaderRegisters = 24;
+};
+template <int kChannels>
+constexpr int kMultipliers = Block<kChannels>::kConsumers * kWarpgroup;  // Threads.
+template <int kChannels>
+constexpr int kThreads = kMultipliers<kChannels> + kWarpgroup;
+constexpr int kStreamedRuns = 2;  // Of a warpgroup.
 
 struct Barriers {
   ClusterTransactionBarrier halo_full[kMostHaloStages];
@@ -61,10 +75,10 @@ struct Ring {
   }
 };
 
-__device__ void init_barriers(Barriers& barriers, const HaloPlan& plan) {
+__device__ void init_barriers(Barriers& barriers, const HaloPlan& plan, int consumers) {
   // A stage is empty when every warp is done with it, also one that has no run there: nobody may
   // fall behind by a whole round of the ring.
-  const int readers = (plan.is_streamed ? plan.runs : kConsumers) * kWarpgroupWarps;
+  const int readers = consumers * kWarpgroupWarps;
   for (int i = 0; i < kMostHaloStages; ++i) {
     barriers.halo_full[i].init(1);
     barriers.halo_empty[i].init(readers);
@@ -169,24 +183,35 @@ class Loader {
 struct Consumer {
   int index, warp;
   bool is_leader;  // One lane of each warp.
+  int32_t first_channel;
   bool has_limits;
 };
 
 template <int kChannels>
 using Accumulators = int32_t[(kChannels + kOnes) / 2];
 
-// The warp's pixels of a run, one for each lane.
-__device__ Pixel locate_lane(const HaloConv& conv, const Consumer& self, int32_t tile,
-                             int32_t run) {
-  const int32_t flat = run * kRunPixels + self.warp * kWarpPixels + threadIdx.x % kWarpPixels;
-  return locate_pixel(conv, tile_position(conv, tile), flat);
+// What the warp is to make of run `run` of a tile, its sums aside.
+template <int kChannels>
+__device__ WarpRun<kChannels> locate(const HaloConv& conv, const Consumer& self, int32_t tile,
+                                     int32_t run) {
+  return locate_run<kChannels>(conv, tile_position(conv, tile),
+                               run * kRunPixels + self.warp * kWarpPixels, self.first_channel, 0);
 }
 
-template <int kChannels>
-__device__ void finish(const TileConv& args, const Consumer& self,
-                       const Accumulators<kChannels>& acc, const Pixel& pixel) {
-  const int32_t window_bits[kLanePixels] = {acc[kChannels / 2], acc[kChannels / 2 + 2]};
-  store_run<kChannels>(args, 0, self.has_limits, acc, window_bits, pixel);
+template <int kChannels, class Scale>
+__device__ void finish(const TileConv& args, const Consumer& self, WarpRun<kChannels> run,
+                       const Scale& scale, const GroupTable& table,
+                       const Accumulators<kChannels>& acc) {
+  run.acc = acc;
+#pragma unroll
+  for (int row = 0; row < kLanePixels; ++row) run.window_bits[row] = acc[kChannels / 2 + 2 * row];
+  store_run(args, run, scale, table, 0, self.has_limits);
+}
+
+template <int kChannels, bool kIsKept>
+__device__ LaneScale<kChannels, kIsKept> lane_scale(const HaloConv& conv, const Consumer& self) {
+  const int32_t lane_column = threadIdx.x % 4 * kLaneChannels;
+  return {shared<float>(conv.at.terms) + lane_column, self.has_limits};
 }
 
 // Both operands are rows of 16-byte chunks without swizzle: 8 rows 16 bytes apart are a core
@@ -213,6 +238,8 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
   const HaloConv& conv = args.conv;
   const HaloPlan& plan = conv.plan;
   const HaloPair* pairs = conv.tables.pairs;
+  const auto scale = lane_scale<kChannels, true>(conv, self);
+  constexpr int kConsumers = Block<kChannels>::kConsumers;
   Ring stage{plan.halo_stages};
   bool has_weights = false;
   int run = self.index;
@@ -239,12 +266,13 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
 #pragma unroll 4
       for (; k < plan.pairs; ++k) multiply_pair<true>(acc, at, pairs[k]);
       wgmma_commit();
-      const Pixel pixel = locate_lane(conv, self, tile, run);
+      const auto located = locate<kChannels>(conv, self, tile, run);
+      const GroupTable table = load_table(located, 0);
       wgmma_wait<0>();
       if (self.is_leader && run + kConsumers >= plan.runs) {
         barriers.halo_empty[stage.slot].arrive();
       }
-      finish<kChannels>(args, self, acc, pixel);
+      finish<kChannels>(args, self, located, scale, table, acc);
     }
     run -= plan.runs;
     stage.advance();
@@ -254,10 +282,17 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
 // A stage of streamed weights. Straight-line code: only then does waiting for the stage before not
 // also wait for this one.
 template <int kTaps, int kSize>
-__device__ void multiply_stage(int32_t (&acc)[kSize], const Operands& at, const HaloPair* pairs) {
+__device__ void multiply_stage(int32_t (&acc)[kStreamedRuns][kSize], Operands at,
+                               const HaloPair* pairs) {
   wgmma_fence();
 #pragma unroll
-  for (int k = 0; k < kTaps; ++k) multiply_pair<true>(acc, at, pairs[k]);
+  for (int k = 0; k < kTaps; ++k) {
+#pragma unroll
+    for (int r = 0; r < kStreamedRuns; ++r) {
+      const Operands of_run = {at.halo + r * kRunPixels, at.weights};
+      multiply_pair<true>(acc[r], of_run, pairs[k]);
+    }
+  }
   wgmma_commit();
 }
 
@@ -265,16 +300,16 @@ template <int kChannels>
 __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, const Consumer& self) {
   const HaloConv& conv = args.conv;
   const HaloPlan& plan = conv.plan;
-  const int32_t steps = stage_steps(conv), run = self.index;
-  if (run >= plan.runs) return;
+  const auto scale = lane_scale<kChannels, false>(conv, self);
+  const int32_t steps = stage_steps(conv), first_run = self.index * kStreamedRuns;
   Ring halo{plan.halo_stages}, weights{plan.parts};
   for (int32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
-    Accumulators<kChannels> acc = {};
+    Accumulators<kChannels> acc[kStreamedRuns] = {};
     int last_halo = -1, last_weights = -1;  // What the multiplications in flight read.
     for (int32_t step = 0; step < steps; ++step) {
       barriers.halo_full[halo.slot].wait(halo.parity);
       const int32_t from =
-          conv.at.halo + halo.slot * plan.stage_bytes() + run * kRunPixels * kChunkBytes;
+          conv.at.halo + halo.slot * plan.stage_bytes() + first_run * kRunPixels * kChunkBytes;
       for (int32_t first = 0; first < conv.taps; first += kStreamTaps) {
         const Operands at =
             operands_at(conv, from, conv.at.weights + weights.slot * plan.part_bytes());
@@ -304,28 +339,33 @@ __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, cons
       last_halo = halo.slot;
       halo.advance();
     }
-    const Pixel pixel = locate_lane(conv, self, tile, run);
     wgmma_wait<0>();
     if (self.is_leader) {
       barriers.weights_empty[last_weights].arrive();
       barriers.halo_empty[last_halo].arrive();
     }
-    finish<kChannels>(args, self, acc, pixel);
+#pragma unroll
+    for (int r = 0; r < kStreamedRuns; ++r) {
+      if (first_run + r >= plan.runs) break;
+      const auto located = locate<kChannels>(conv, self, tile, first_run + r);
+      finish<kChannels>(args, self, located, scale, load_table(located, 0), acc[r]);
+    }
   }
 }
 
 template <int kChannels, bool kStreamed>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kThreads<kChannels>, 1)
     conv2d_kernel(const __grid_constant__ Maps maps, const __grid_constant__ TileConv args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  constexpr int kConsumers = Block<kChannels>::kConsumers;
   const HaloConv& conv = args.conv;
   Barriers& barriers = *shared<Barriers>(conv.at.barriers);
   if (threadIdx.x == 0) {
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps.input));
     cute::prefetch_tma_descriptor(reinterpret_cast<const cute::TmaDescriptor*>(&maps.weights));
-    init_barriers(barriers, conv.plan);
+    init_barriers(barriers, conv.plan, kConsumers);
   }
-  write_constants(conv, threadIdx.x, kThreads);
+  write_constants(conv, threadIdx.x, kThreads<kChannels>);
   cutlass::arch::fence_view_async_shared();
   __syncthreads();
   // All before this overlaps with the end of the kernel before.
@@ -335,16 +375,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   // The shuffle tells the compiler that the warp agrees.
   const int warpgroup = __shfl_sync(kWholeWarp, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == kConsumers) {
-    cutlass::arch::warpgroup_reg_dealloc<kLoaderRegisters>();
-    if (threadIdx.x == kMultipliers) Loader<kStreamed>(maps, conv, barriers).run();
+    cutlass::arch::warpgroup_reg_dealloc<Block<kChannels>::kLoaderRegisters>();
+    if (threadIdx.x == kMultipliers<kChannels>) Loader<kStreamed>(maps, conv, barriers).run();
     return;
   }
-  cutlass::arch::warpgroup_reg_alloc<kConsumerRegisters>();
+  cutlass::arch::warpgroup_reg_alloc<Block<kChannels>::kConsumerRegisters>();
   // While the first halo and weights are on their way.
-  prepare_channels(args, threadIdx.x, kMultipliers);
-  cutlass::arch::NamedBarrier::sync(kMultipliers, 1);
+  prepare_channels(args, threadIdx.x, kMultipliers<kChannels>);
+  cutlass::arch::NamedBarrier::sync(kMultipliers<kChannels>, 1);
   const int thread = threadIdx.x % kWarpgroup;
-  const Consumer self = {warpgroup, thread / kWarpSize, thread % kWarpSize == 0,
+  int32_t first = first_channel(conv);
+  asm volatile("" : "+r"(first));  // Else the block's number is read for every run.
+  const Consumer self = {warpgroup, thread / kWarpSize, thread % kWarpSize == 0, first,
                          has_bit_limits(args)};
   if constexpr (kStreamed) {
     multiply_streamed<kChannels>(args, barriers, self);
@@ -418,21 +460,30 @@ void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
   limits.shared_bytes = shared_bytes(queue.device());
   const TileConv conv = tile_conv(args, plan_halo(args.shape, limits));
   const HaloPlan& plan = conv.conv.plan;
-  const auto kernel = plan.is_streamed             ? conv2d_kernel<128, true>
-                      : plan.block_channels == 128 ? conv2d_kernel<128, false>
-                      : plan.block_channels == 64  ? conv2d_kernel<64, false>
-                                                   : conv2d_kernel<32, false>;
-  launch("binary_conv2d", queue,
-         {tile_blocks(args.shape, plan, limits), kThreads, static_cast<size_t>(conv.conv.at.total),
-          true},
-         kernel, Maps{input_map(args, plan), weight_map(args, plan)}, conv);
+  const auto launch_block = [&](auto channels, auto kernel) {
+    launch("binary_conv2d", queue,
+           {tile_blocks(args.shape, plan, limits), kThreads<decltype(channels)::value>,
+            static_cast<size_t>(conv.conv.at.total), true},
+           kernel, Maps{input_map(args, plan), weight_map(args, plan)}, conv);
+  };
+  switch (plan.block_channels) {
+    case 32:
+      return launch_block(std::integral_constant<int, 32>{}, conv2d_kernel<32, false>);
+    case 64:
+      return launch_block(std::integral_constant<int, 64>{}, conv2d_kernel<64, false>);
+    default:
+      return launch_block(std::integral_constant<int, 128>{},
+                          plan.is_streamed ? conv2d_kernel<128, true> : conv2d_kernel<128, false>);
+  }
 }
 
 }  // namespace
 
 const HaloLimits kSm90Limits = {.multiprocessors = 132,  // Of an H100 or H200, and its memory.
                                 .shared_bytes = 227 * 1024,
-                                .runs_at_once = kConsumers,
+                                .wide_runs = Block<128>::kConsumers,
+                                .narrow_runs = Block<64>::kConsumers,
+                                .streamed_runs = Block<128>::kConsumers * kStreamedRuns,
                                 .least_channels = 32,
                                 .ones = kOnes,
                                 .most_halo_stages = kMostHaloStages,

@@ -19,7 +19,7 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 
 constexpr int64_t kBoxLimit = 256;  // Extents of a tensor-map box.
 constexpr int64_t kStrideLimit = 8;
-constexpr int64_t kMaxBorderClasses = 64;
+constexpr int64_t kMaxBorderEntries = 128;
 // Of the output; a grid's step further, tiles can still be counted in 32 bits.
 constexpr int64_t kMaxPixels = (int64_t{1} << 31) - (1 << 16);
 constexpr int64_t kMaxChannels = 64 * 65535;  // Blocks of channels are the grid's second extent.
@@ -117,7 +117,6 @@ class Planner {
         rows_(rows_of(shape)),
         columns_(columns_of(shape)),
         weight_(prepared_layout(shape.weight)) {
-    const BorderClasses rows = border_classes(rows_), columns = border_classes(columns_);
     const bool has_border = shape.pad_value != -1;  // Zero bits outside are -1 as they are.
     common_.block_channels = channels;
     common_.columns = channels + limits.ones;
@@ -129,15 +128,11 @@ class Planner {
     common_.part_chunks = is_streamed || weight_.chunks > 1 ? 2 : 1;
     common_.part_taps = narrow(is_streamed ? kStreamTaps : weight_.taps + weight_.chunks % 2);
     common_.parts = narrow(ceil_div(weight_.chunks, common_.part_chunks));
-    const auto entries = [&](const AxisShape& axis) {
-      return has_border ? border_entries(axis) : BorderEntries{1, 0, narrow(axis.out)};
+    const auto border = [&](const AxisShape& axis) {
+      return has_border ? border_of(axis) : Border{1, 0, narrow(axis.out)};
     };
-    common_.row_entries = entries(rows_);
-    common_.column_entries = entries(columns_);
-    common_.rows_lost_before = rows.lost_before;
-    common_.columns_lost_before = columns.lost_before;
-    common_.row_classes = has_border ? 1 + rows.lost_before + rows.lost_after : 1;
-    common_.column_classes = has_border ? 1 + columns.lost_before + columns.lost_after : 1;
+    common_.row_border = border(rows_);
+    common_.column_border = border(columns_);
   }
 
   const AxisShape& rows() const { return rows_; }
@@ -177,8 +172,8 @@ class Planner {
     if (stage > limits_.shared_bytes) return false;
     // Enough for all runs that are multiplied at once, and one more to load; of streamed weights as
     // many as there are, so that runs need not keep step.
-    const int64_t at_once =
-        plan.is_streamed ? limits_.most_halo_stages : 1 + ceil_div(limits_.runs_at_once, plan.runs);
+    const int64_t at_once = plan.is_streamed ? limits_.most_halo_stages
+                                             : 1 + ceil_div(plan.runs_at_once(limits_), plan.runs);
     for (const int64_t stages :
          {std::min<int64_t>(at_once, limits_.most_halo_stages), int64_t{kLeastStages}}) {
       plan.halo_stages = narrow(stages);
@@ -204,7 +199,7 @@ class Planner {
     const int64_t workers = std::max<int64_t>(1, limits_.multiprocessors / blocks);
     const double waves = std::max(1.0, static_cast<double>(blocks) / limits_.multiprocessors);
     const int64_t tiles = ceil_div(plan.tiles, workers);
-    const int64_t at_once = limits_.runs_at_once;
+    const int64_t at_once = plan.runs_at_once(limits_);
 
     const double steps = plan.is_streamed ? static_cast<double>(ceil_div(weight_.chunks, 2)) : 1;
     const double multiply = steps * plan.pairs * plan.columns / 2 + 60;
@@ -270,7 +265,7 @@ void search(const Planner& planner, const HaloLimits& limits, int64_t batch, Bes
         if (rows == tried_rows || (images > 1 && rows * images * pitch > kManyPixels)) continue;
         tried_rows = rows;
         HaloPlan plan = planner.plan(rows, columns, images, pitch);
-        if (plan.is_streamed && plan.runs > limits.runs_at_once) continue;
+        if (plan.is_streamed && plan.runs > plan.runs_at_once(limits)) continue;
         if (!planner.fit(plan)) continue;
         const double cost = planner.cost(plan);
         if (cost < best.cost) best = {plan, cost};
@@ -281,37 +276,21 @@ void search(const Planner& planner, const HaloLimits& limits, int64_t batch, Bes
 
 }  // namespace
 
-BorderClasses border_classes(const AxisShape& a) {
-  // Of the taps at position p, those before and beyond the input.
-  const auto before = [&](int64_t p) {
-    return std::clamp<int64_t>(ceil_div(std::max<int64_t>(a.pad - p * a.stride, 0), a.dilation), 0,
-                               a.kernel);
-  };
-  const auto after = [&](int64_t p) {
-    const int64_t room = std::max<int64_t>(a.in - (p * a.stride - a.pad), 0);
-    return a.kernel - std::min(a.kernel, ceil_div(room, a.dilation));
-  };
-  const int64_t last_before = std::min(a.out - 1, (a.pad - 1) / a.stride);
-  return {.lost_before = static_cast<int32_t>(before(0)),
-          .lost_after = static_cast<int32_t>(after(a.out - 1)),
-          .is_separable = a.pad == 0 || after(last_before) == 0};
-}
-
-int64_t tap_shift(const Conv2dShape& shape, const HaloPlan& plan, int64_t tap) {
-  const AxisShape rows = rows_of(shape), columns = columns_of(shape);
-  const int64_t h = tap / columns.kernel * rows.dilation,
-                w = tap % columns.kernel * columns.dilation;
-  return phase_of(shape, tap) * plan.region_pixels +
-         h / rows.stride * plan.tile_images * plan.pitch + w / columns.stride;
-}
-
-BorderEntries border_entries(const AxisShape& a) {
+Border border_of(const AxisShape& a) {
   const int64_t before = std::min(a.out, ceil_div(a.pad, a.stride));
   // The first position whose last tap is beyond the input.
   const int64_t room = a.in + a.pad - (a.kernel - 1) * a.dilation;
   const int64_t first_after = std::min(a.out, ceil_div(std::max<int64_t>(room, 0), a.stride));
-  const int64_t count = std::min(a.out, before + 1 + a.out - first_after);
-  return {narrow(count), narrow(before), narrow(a.out)};
+  const int64_t entries = std::min(a.out, before + 1 + a.out - first_after);
+  return {narrow(entries), narrow(before), narrow(a.out)};
+}
+
+int64_t tap_shift(const Conv2dShape& shape, const HaloPlan& plan, int64_t tap) {
+  const AxisShape rows = rows_of(shape), columns = columns_of(shape);
+  const int64_t h = tap / columns.kernel * rows.dilation;
+  const int64_t w = tap % columns.kernel * columns.dilation;
+  return phase_of(shape, tap) * plan.region_pixels +
+         h / rows.stride * plan.tile_images * plan.pitch + w / columns.stride;
 }
 
 HaloTables halo_tables(const Conv2dShape& shape, const HaloPlan& plan) {
@@ -370,8 +349,8 @@ HaloLayout halo_layout(const HaloPlan& plan) {
   HaloLayout at;
   at.halo = take(int64_t{plan.halo_stages} * plan.stage_bytes());
   at.weights = take(int64_t{plan.parts} * plan.part_bytes());
-  at.table = take(int64_t{plan.row_classes} * plan.column_classes * plan.block_channels * 4);
-  at.borders = take(int64_t{plan.row_entries.count + plan.column_entries.count} * 4);
+  at.table =
+      take(int64_t{plan.row_border.entries} * plan.column_border.entries * plan.block_channels * 4);
   at.terms = take(int64_t{kChannelTerms} * kMostChannels * 4 + 64);
   at.barriers = take(256);
   at.total = static_cast<int32_t>(std::min<int64_t>(offset, std::numeric_limits<int32_t>::max()));
@@ -393,18 +372,8 @@ bool halo_accepts(const Conv2dShape& shape, const HaloLimits& limits) {
     return false;
   }
   if (shape.pad_value != -1) {
-    const BorderClasses rows = border_classes(rows_of(shape));
-    const BorderClasses columns = border_classes(columns_of(shape));
-    if (!rows.is_separable || !columns.is_separable) return false;
-    constexpr int64_t kMaxEntries = 1024;
-    if (border_entries(rows_of(shape)).count + border_entries(columns_of(shape)).count >
-        kMaxEntries) {
-      return false;
-    }
-    if ((1 + rows.lost_before + rows.lost_after) * (1 + columns.lost_before + columns.lost_after) >
-        kMaxBorderClasses) {
-      return false;
-    }
+    const Border rows = border_of(rows_of(shape)), columns = border_of(columns_of(shape));
+    if (int64_t{rows.entries} * columns.entries > kMaxBorderEntries) return false;
   }
   if (largest_shift(rows_of(shape)) + 1 > kBoxLimit) return false;
   if (largest_shift(columns_of(shape)) + 8 > kBoxLimit) return false;

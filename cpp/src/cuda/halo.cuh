@@ -11,7 +11,7 @@
 // What the tensor-core kernels share on the device: the geometry of halo.h, and how sums of
 // popcount(a & w) become convolution results. By docs/conventions.md,
 //
-//   acc = 4 * popcount(a & w) - 2 * popcount(a) + T[border class][output channel],
+//   acc = 4 * popcount(a & w) - 2 * popcount(a) + T[entry of the border][output channel],
 //
 // popcount(a) over the window of the pixel. T and the windows' counts are exact in a float's
 // mantissa, so the integers are carried there: the float kMagic + i has the bits kMagicBits + i for
@@ -30,7 +30,8 @@ struct HaloConv {
   int32_t batch, in_height, in_width, out_height, out_width;
   int32_t kernel_height, kernel_width, stride_height, stride_width, pad_top, pad_left;
   int32_t pad_value;
-  Divisor dilation_height, dilation_width, pitch, tile_images, column_tiles, row_tiles;
+  int32_t dilation_height, dilation_width;
+  Divisor pitch, tile_images, column_tiles, row_tiles;
   int32_t taps, chunks, group_in_channels, group_out_channels;
   int64_t pixel_chunks;
   const uint4* input;
@@ -67,7 +68,7 @@ __device__ inline int32_t stage_steps(const HaloConv& conv) {
 
 // A pixel of a tile, as the epilogue needs it.
 struct Pixel {
-  int32_t table;  // Its border class's first entry in T.
+  int32_t table;  // Where its entries in T start.
   int32_t image;
   int32_t index;  // In the output, in pixels; negative if it is none.
 };
@@ -77,8 +78,8 @@ inline HaloConv halo_conv(const Conv2dArgs& args, const HaloPlan& plan) {
   const WeightShape& weight = shape.weight;
   const PreparedLayout prepared = prepared_layout(weight);
   const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
-  const auto dilation = [](int64_t value, int64_t kernel) {  // That of a single tap can be huge.
-    return Divisor(kernel == 1 ? 1 : static_cast<uint32_t>(value));
+  const auto dilation = [&](int64_t value, int64_t kernel) {  // That of a single tap can be huge.
+    return kernel == 1 ? 1 : narrow(value);
   };
   return {
       .plan = plan,
@@ -140,45 +141,26 @@ __device__ inline TilePosition halo_position(const HaloConv& conv, int32_t flat)
   return {static_cast<int32_t>(image), static_cast<int32_t>(row), static_cast<int32_t>(column)};
 }
 
-struct AxisBorder {
-  int32_t in, kernel, stride, pad, lost_before;
-  Divisor dilation;
-};
-
-__device__ inline AxisBorder row_border(const HaloConv& c) {
-  return {c.in_height, c.kernel_height,         c.stride_height,
-          c.pad_top,   c.plan.rows_lost_before, c.dilation_height};
-}
-__device__ inline AxisBorder column_border(const HaloConv& c) {
-  return {c.in_width,      c.kernel_width, c.stride_width, c.pad_left, c.plan.columns_lost_before,
-          c.dilation_width};
-}
-
-// The border class (halo.h) of a position along one axis.
-__device__ inline int32_t border_class(const AxisBorder& axis, int32_t position) {
-  const int32_t origin = position * axis.stride - axis.pad;
-  const int32_t dilation = axis.dilation.value;
+// The taps that are inside the input at a position of the output along one axis.
+__device__ inline TapRange taps_inside(int32_t position, int32_t in, int32_t kernel, int32_t stride,
+                                       int32_t pad, int32_t dilation) {
+  const int32_t origin = position * stride - pad;
   const auto taps_within = [&](int32_t extent) {
-    const int32_t cut = min(max(extent, 0), axis.kernel * dilation);
-    return static_cast<int32_t>(axis.dilation.divide(cut + dilation - 1).quotient);
+    return min(ceil_div(max(extent, 0), dilation), kernel);
   };
-  const int32_t before = taps_within(-origin);
-  const int32_t after = axis.kernel - taps_within(axis.in - origin);
-  return before > 0 ? before : after > 0 ? axis.lost_before + after : 0;
+  const int32_t end = taps_within(in - origin);
+  return {min(taps_within(-origin), end), end};
 }
 
-// The taps that are inside the input at the positions of a border class: first <= tap < end.
-__device__ inline TapRange taps_inside(const AxisBorder& axis, int32_t border) {
-  if (border <= axis.lost_before) return {border, axis.kernel};
-  return {0, axis.kernel - (border - axis.lost_before)};
-}
-
-// Entry of T, as the bits of kMagic + T. channel: of all.
-__device__ inline int32_t table_entry(const HaloConv& conv, int32_t border, int32_t channel) {
-  const int32_t row_class = border / conv.plan.column_classes;
-  const int32_t column_class = border - row_class * conv.plan.column_classes;
-  const TapRange rows = taps_inside(row_border(conv), row_class);
-  const TapRange columns = taps_inside(column_border(conv), column_class);
+// Of T, for an entry of the border and one of all channels: the bits of kMagic + T.
+__device__ inline int32_t table_entry(const HaloConv& conv, int32_t entry, int32_t channel) {
+  const Border &row_border = conv.plan.row_border, &column_border = conv.plan.column_border;
+  const int32_t row = entry / column_border.entries;
+  const TapRange rows = taps_inside(row_border.position(row), conv.in_height, conv.kernel_height,
+                                    conv.stride_height, conv.pad_top, conv.dilation_height);
+  const TapRange columns =
+      taps_inside(column_border.position(entry - row * column_border.entries), conv.in_width,
+                  conv.kernel_width, conv.stride_width, conv.pad_left, conv.dilation_width);
   const auto zeros = [&](const TapRange& r, const TapRange& c) {
     const int32_t taps = (r.end - r.first) * (c.end - c.first);
     return conv.group_in_channels * taps - 2 * conv.tap_bits.count(r, c, channel);
@@ -186,9 +168,11 @@ __device__ inline int32_t table_entry(const HaloConv& conv, int32_t border, int3
   const int32_t inside = zeros(rows, columns);
   if (conv.pad_value == 0) return kMagicBits + inside;
   const int32_t all = zeros({0, conv.kernel_height}, {0, conv.kernel_width});
-  return kMagicBits + inside - conv.pad_value * (all - inside);
+  // Zero bits outside the image are -1 as they are.
+  return kMagicBits + (conv.pad_value == -1 ? all : 2 * inside - all);
 }
 
+// No branches, so that several of these overlap.
 __device__ inline Pixel locate_pixel(const HaloConv& conv, const TilePosition& tile, int32_t flat) {
   const HaloPlan& plan = conv.plan;
   const TilePosition in_tile = halo_position(conv, flat);
@@ -196,11 +180,10 @@ __device__ inline Pixel locate_pixel(const HaloConv& conv, const TilePosition& t
   const int32_t q = tile.column + in_tile.column;
   const bool is_valid = (in_tile.row < plan.tile_rows) & (in_tile.column < plan.tile_columns) &
                         (n < conv.batch) & (p < conv.out_height) & (q < conv.out_width);
-  if (!is_valid) return {0, 0, -1};
-  const int32_t* borders = shared<int32_t>(conv.at.borders);
-  const int32_t table = borders[plan.row_entries.entry(p)] +
-                        borders[plan.row_entries.count + plan.column_entries.entry(q)];
-  return {table, n, (n * conv.out_height + p) * conv.out_width + q};
+  const int32_t entry =
+      plan.row_border.entry(p) * plan.column_border.entries + plan.column_border.entry(q);
+  return {is_valid ? entry * plan.block_channels : 0, n,
+          is_valid ? (n * conv.out_height + p) * conv.out_width + q : -1};
 }
 
 // The following are work for `threads` threads, of which this one is number `thread`.
@@ -208,28 +191,12 @@ __device__ inline Pixel locate_pixel(const HaloConv& conv, const TilePosition& t
 // T of the block's channels. threads: a multiple of these channels.
 __device__ inline void make_table(const HaloConv& conv, int thread, int threads) {
   const int32_t channels = conv.plan.block_channels, channel = thread % channels;
-  const int32_t classes = conv.plan.row_classes * conv.plan.column_classes;
-  for (int32_t border = thread / channels; border < classes; border += threads / channels) {
-    shared<int32_t>(conv.at.table)[border * channels + channel] =
-        table_entry(conv, border, first_channel(conv) + channel);
+  const int32_t entries = conv.plan.row_border.entries * conv.plan.column_border.entries;
+#pragma unroll 4  // So that what they load comes at the same time.
+  for (int32_t entry = thread / channels; entry < entries; entry += threads / channels) {
+    shared<int32_t>(conv.at.table)[entry * channels + channel] =
+        table_entry(conv, entry, first_channel(conv) + channel);
   }
-}
-
-// Where in T the border classes of rows and of columns start.
-__device__ inline void make_borders(const HaloConv& conv, int thread, int threads) {
-  const HaloPlan& plan = conv.plan;
-  const bool has_classes = conv.pad_value != -1;
-  const auto make = [&](const AxisBorder& axis, const BorderEntries& entries, int32_t step,
-                        int32_t* to) {
-    for (int32_t i = thread; i < entries.count; i += threads) {
-      const int32_t position = i <= entries.before ? i : i + entries.positions - entries.count;
-      to[i] = has_classes ? border_class(axis, position) * step : 0;
-    }
-  };
-  int32_t* borders = shared<int32_t>(conv.at.borders);
-  make(row_border(conv), plan.row_entries, plan.column_classes * plan.block_channels, borders);
-  make(column_border(conv), plan.column_entries, plan.block_channels,
-       borders + plan.row_entries.count);
 }
 
 // What no copy writes to shared memory: zeros in the padding behind each halo and in the weights of

@@ -28,11 +28,12 @@ constexpr int kMostChannels = 128;  // Of a thread block.
 // What a kernel brings to a plan.
 struct HaloLimits {
   int multiprocessors;
-  int shared_bytes;    // That one thread block can have.
-  int runs_at_once;    // That a thread block multiplies.
-  int least_channels;  // Of a thread block: 32 or 64.
-  int ones;            // Columns of ones behind the weights of a block, in which the bits of the
-                       // pixels are counted. A multiple of 8.
+  int shared_bytes;            // That one thread block can have.
+  // That a block multiplies at once: of 128 channels, of fewer, of streamed weights.
+  int wide_runs, narrow_runs, streamed_runs;
+  int least_channels;          // Of a thread block: 32 or 64.
+  int ones;  // Columns of ones behind the weights of a block, in which the bits of the
+             // pixels are counted. A multiple of 8.
   int most_halo_stages, most_streamed_parts;  // Buffers; at least kLeastStages.
 };
 
@@ -41,32 +42,25 @@ constexpr int kLeastStages = 2;
 // Of the kernels, on the least of the GPUs that they run on.
 extern const HaloLimits kSm90Limits, kSm80Limits;
 
-// Border classes: output rows (or columns) that lose the same taps to the padding. Class 0 loses
-// none; classes 1 .. lost_before lose that many of the first taps, the classes after those lose
-// 1, 2, .. of the last taps.
-struct BorderClasses {
-  int32_t lost_before;  // The most taps that any position loses at the start.
-  int32_t lost_after;   // And at the end.
-  bool is_separable;    // No position loses taps at both ends.
-};
-
 struct AxisShape {
   int64_t in, out, kernel, stride, pad, dilation;
 };
-BorderClasses border_classes(const AxisShape& axis);
 
-// Where the class of a position stands: the positions at both ends that lose taps have an entry
-// each, all between them one.
-struct BorderEntries {
-  int32_t count, before, positions;  // Entries, those at the start; positions of the output.
+// Where padding shows in the output: the rows (or columns) at both ends that lose taps to it. Each
+// of these has an entry of its own in tables, all between them one.
+struct Border {
+  int32_t entries, before, positions;  // Entries, those at the start; positions of the output.
 
   constexpr int32_t entry(int32_t position) const {
-    const int32_t from_end = position + count - positions;
+    const int32_t from_end = position + entries - positions;
     const int32_t between = from_end > before ? from_end : before;
     return position < between ? position : between;
   }
+  constexpr int32_t position(int32_t entry) const {  // The first one that has the entry.
+    return entry <= before ? entry : entry + positions - entries;
+  }
 };
-BorderEntries border_entries(const AxisShape& axis);
+Border border_of(const AxisShape& axis);
 
 struct HaloPlan {
   int32_t block_channels;  // Output channels of a thread block: 32, 64 or 128.
@@ -86,11 +80,13 @@ struct HaloPlan {
   int32_t pairs;  // Of chunks, that the multiplications of a stage take.
   // The block's weights lie in shared memory in parts: the stages of streamed weights, or all.
   int32_t parts;
-  int32_t part_chunks, part_taps;       // Of one part.
-  int32_t row_classes, column_classes;  // Border classes, below.
-  int32_t rows_lost_before, columns_lost_before;
-  BorderEntries row_entries, column_entries;
+  int32_t part_chunks, part_taps;  // Of one part.
+  Border row_border, column_border;
 
+  constexpr int runs_at_once(const HaloLimits& limits) const {
+    if (is_streamed) return limits.streamed_runs;
+    return block_channels == kMostChannels ? limits.wide_runs : limits.narrow_runs;
+  }
   constexpr int32_t phases() const { return phases_height * phases_width; }
   constexpr int32_t halo_pixels() const { return halo_rows * tile_images * pitch; }
   constexpr int32_t stage_bytes() const { return stage_chunks * phases() * region_pixels * 16; }
@@ -124,7 +120,7 @@ constexpr int kStreamTaps = 4;
 
 // Where everything is in shared memory, in bytes.
 struct HaloLayout {
-  int32_t halo, weights, table, borders, terms, barriers, total;
+  int32_t halo, weights, table, terms, barriers, total;
 };
 
 // What the epilogue knows of each of the block's channels.

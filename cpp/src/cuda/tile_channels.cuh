@@ -85,7 +85,6 @@ __device__ inline void prepare_channels(const TileConv& args, int thread, int th
     if (out.is_bits) make_bit_limit(conv, i, terms, out.epilogue.clamp);
   }
   make_table(conv, thread, threads);
-  make_borders(conv, thread, threads);
 }
 
 __device__ inline bool has_bit_limits(const TileConv& args) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cuda/epilogue.cuh"
+#include "cuda/predicated.cuh"
 #include "cuda/tile_channels.cuh"
 #include "cuda/tile_output.cuh"
 
@@ -13,26 +14,19 @@ namespace binconv::cuda {
 // From accumulators to scale * acc + bias, or to acc where the output is int32.
 template <int kColumns, bool kIsSimple>
 __device__ void scale_group(const TileOutput& out, const WarpRun<kColumns>& run, int group,
-                            Group& y) {
-  constexpr int kWidth = 4;
+                            const GroupScale& by, const GroupTable& table, Group& y) {
   const bool is_integer = !kIsSimple && out.epilogue.out_type == DataType::kInt32;
   const bool is_clamped = !kIsSimple && out.epilogue.clamp;
 #pragma unroll
-  for (int first = 0; first < kLaneChannels; first += kWidth) {
-    const int at = group * kGroup + first;
-    const auto scale = run.template term<kWidth>(kScale, at);
-    const auto bias = run.template term<kWidth>(kBias, at);
+  for (int row = 0; row < kLanePixels; ++row) {
+    const float window = -2.0f * run.window_bits[row] - kMagic;
 #pragma unroll
-    for (int row = 0; row < kLanePixels; ++row) {
-      const auto t = load_vector<kWidth>(run.table[row] + at);
-      const float window = -2.0f * run.window_bits[row] - kMagic;
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        const int32_t d = accumulator(run, group, row, first + k);
-        float a = __int_as_float(4 * d + t.values[k]) + window;
-        if (is_clamped) a = fmaxf(a, 0.0f);
-        y[row][first + k] = is_integer ? a : __fmaf_rn(a, scale.values[k], bias.values[k]);
-      }
+    for (int k = 0; k < kLaneChannels; ++k) {
+      const int i = k / kWidth, j = k % kWidth;
+      const int32_t sum = 4 * accumulator(run, group, row, k) + table.rows[row][i].values[j];
+      float a = __int_as_float(sum) + window;
+      if (is_clamped) a = fmaxf(a, 0.0f);
+      y[row][k] = is_integer ? a : __fmaf_rn(a, by.scale[i].values[j], by.bias[i].values[j]);
     }
   }
 }
@@ -118,22 +112,18 @@ __device__ inline void add_residual(const TileOutput& out, const Place& place, G
 template <int kColumns>
 __device__ void activate_group(const TileOutput& out, const WarpRun<kColumns>& run, int group,
                                Group& y) {
-  constexpr int kWidth = 4;
   const bool is_relu = !out.epilogue.activation.slope;
+  LaneVector<float> in, slope, shift;
+  load_lane(run.terms + kInShift * kMostChannels + group * kGroup, in);
+  load_lane(run.terms + kSlope * kMostChannels + group * kGroup, slope);
+  load_lane(run.terms + kOutShift * kMostChannels + group * kGroup, shift);
 #pragma unroll
-  for (int first = 0; first < kLaneChannels; first += kWidth) {
-    const int at = group * kGroup + first;
-    const auto in = run.template term<kWidth>(kInShift, at);
-    const auto slope = run.template term<kWidth>(kSlope, at);
-    const auto shift = run.template term<kWidth>(kOutShift, at);
+  for (int k = 0; k < kLaneChannels; ++k) {
+    const int i = k / kWidth, j = k % kWidth;
+    const ActivationTerms terms = {in[i].values[j], slope[i].values[j], shift[i].values[j],
+                                   is_relu};
 #pragma unroll
-    for (int k = 0; k < kWidth; ++k) {
-      const ActivationTerms terms = {in.values[k], slope.values[k], shift.values[k], is_relu};
-#pragma unroll
-      for (int row = 0; row < kLanePixels; ++row) {
-        y[row][first + k] = apply_activation(y[row][first + k], terms);
-      }
-    }
+    for (int row = 0; row < kLanePixels; ++row) y[row][k] = apply_activation(y[row][k], terms);
   }
 }
 
@@ -141,23 +131,18 @@ __device__ void activate_group(const TileOutput& out, const WarpRun<kColumns>& r
 template <int kColumns>
 __device__ void compare_group(const WarpRun<kColumns>& run, int group, const Group& y,
                               uint32_t (&bytes)[kLanePixels]) {
-  constexpr int kWidth = 4;
   float hits[kLanePixels] = {};  // As floats, comparing and adding take one step each.
-#pragma unroll
-  for (int first = 0; first < kLaneChannels; first += kWidth) {
-    const auto limit = run.template term<kWidth>(kThreshold, group * kGroup + first);
-    const auto sign = run.template term<kWidth>(kThresholdSign, group * kGroup + first);
-#pragma unroll
-    for (int row = 0; row < kLanePixels; ++row) {
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        const bool hit = passes(y[row][first + k], limit.values[k], sign.values[k]);
-        hits[row] = __fmaf_rn(hit ? 1.0f : 0.0f, 1 << (first + k), hits[row]);
-      }
-    }
-  }
+  LaneVector<float> limit, sign;
+  load_lane(run.terms + kThreshold * kMostChannels + group * kGroup, limit);
+  load_lane(run.terms + kThresholdSign * kMostChannels + group * kGroup, sign);
 #pragma unroll
   for (int row = 0; row < kLanePixels; ++row) {
+#pragma unroll
+    for (int k = 0; k < kLaneChannels; ++k) {
+      const int i = k / kWidth, j = k % kWidth;
+      const bool hit = passes(y[row][k], limit[i].values[j], sign[i].values[j]);
+      hits[row] = __fmaf_rn(hit ? 1.0f : 0.0f, 1 << k, hits[row]);
+    }
     bytes[row] |= static_cast<uint32_t>(hits[row]) << 8 * group;
   }
 }
@@ -226,59 +211,77 @@ __device__ inline void store_values(const TileOutput& out, const Place& place, G
 }
 
 // Where out.is_simple and all channels exist: the common case, in which nothing is decided for each
-// value or group.
-template <class T, int kColumns>
-__device__ void store_simple_run(const TileOutput& out, const WarpRun<kColumns>& run) {
-  Place place = {.step = 1, .channels = kLaneChannels};
+// value or group. table: of the first group.
+template <class T, int kColumns, class Scale>
+__device__ void store_simple_run(const TileOutput& out, const WarpRun<kColumns>& run,
+                                 const Scale& scale, GroupTable table) {
+  constexpr int kGroups = kColumns / kGroup, kPiece = kVectorWidth<T>;
+  T* data[kLanePixels];
+  bool is_valid[kLanePixels];
 #pragma unroll
   for (int row = 0; row < kLanePixels; ++row) {
-    place.index[row] = run.pixels[row].index * out.channels + run.lane_channel;
-    place.is_valid[row] = run.pixels[row].index >= 0;
+    const int64_t pixel = run.pixels[row].index;
+    data[row] = static_cast<T*>(out.data) + pixel * out.channels + run.lane_channel;
+    is_valid[row] = pixel >= 0;
   }
 #pragma unroll
-  for (int group = 0; group < kColumns / kGroup; ++group) {
+  for (int group = 0; group < kGroups; ++group) {
     Group y;
-    scale_group<kColumns, true>(out, run, group, y);
-    store_pieces(static_cast<T*>(out.data) + group * kGroup, place, y);
+    scale_group<kColumns, true>(out, run, group, scale.of(group), table, y);
+    if (group + 1 < kGroups) table = load_table(run, group + 1);
+#pragma unroll
+    for (int row = 0; row < kLanePixels; ++row) {
+#pragma unroll
+      for (int first = 0; first < kLaneChannels; first += kPiece) {
+        Vector<T, kPiece> piece;
+#pragma unroll
+        for (int k = 0; k < kPiece; ++k) piece.values[k] = from_float<T>(y[row][first + k]);
+        store_vector_if(is_valid[row], data[row] + group * kGroup + first, piece);
+      }
+    }
   }
 }
 
 // Bits alone, from comparing sums with limits.
-template <int kColumns>
+template <int kColumns, class Scale>
 __device__ void store_compared_run(const TileOutput& out, const WarpRun<kColumns>& run,
-                                   uint32_t flipped) {
-  constexpr int kWidth = 4;
-  uint32_t misses[kLanePixels] = {};  // The last channel first: the signs of acc - limit.
+                                   const Scale& limits, GroupTable table, uint32_t flipped) {
+  constexpr int kGroups = kColumns / kGroup;
+  uint32_t bytes[kLanePixels] = {};
 #pragma unroll
-  for (int channel = kColumns / 4 - kWidth; channel >= 0; channel -= kWidth) {
-    const int group = channel / kLaneChannels, first = channel % kLaneChannels;
-    const int at = group * kGroup + first;
-    const auto limit = run.template term<kWidth>(kBitLimit, at);
+  for (int group = 0; group < kGroups; ++group) {
+    const GroupScale limit = limits.of(group);
 #pragma unroll
     for (int row = 0; row < kLanePixels; ++row) {
-      const auto t = load_vector<kWidth>(run.table[row] + at);
+      const int32_t window = -2 * run.window_bits[row];
+      uint32_t misses = 0;  // The last channel first: the signs of acc - limit.
 #pragma unroll
-      for (int k = kWidth - 1; k >= 0; --k) {
-        const int32_t sum = 4 * accumulator(run, group, row, first + k) + t.values[k];
-        const int32_t above = sum - 2 * run.window_bits[row] + __float_as_int(limit.values[k]);
-        misses[row] = __funnelshift_l(above, misses[row], 1);
+      for (int k = kLaneChannels - 1; k >= 0; --k) {
+        const int i = k / kWidth, j = k % kWidth;
+        const int32_t sum = 4 * accumulator(run, group, row, k) + table.rows[row][i].values[j];
+        const int32_t above = sum + window + __float_as_int(limit.scale[i].values[j]);
+        misses = __funnelshift_l(above, misses, 1);
       }
+      bytes[row] |= (~misses & 0xff) << 8 * group;
     }
+    if (group + 1 < kGroups) table = load_table(run, group + 1);
   }
-  const uint32_t bytes[kLanePixels] = {~misses[0], ~misses[1]};
   store_bits(out, run, out.data, bytes, flipped);
 }
 
-template <int kColumns>
-__device__ void store_any_run(const TileOutput& out, const WarpRun<kColumns>& run) {
+template <int kColumns, class Scale>
+__device__ void store_any_run(const TileOutput& out, const WarpRun<kColumns>& run,
+                              const Scale& scale, GroupTable table) {
+  constexpr int kGroups = kColumns / kGroup;
   void* bits = out.epilogue.out_type == DataType::kBits ? out.data : out.epilogue.bits;
   uint32_t bytes[kLanePixels] = {};
 #pragma unroll
-  for (int group = 0; group < kColumns / kGroup; ++group) {
+  for (int group = 0; group < kGroups; ++group) {
     if (run.first_channel + group * kGroup >= out.channels) break;
     const Place place = locate_group(out, run, group);
     Group y;
-    scale_group<kColumns, false>(out, run, group, y);
+    scale_group<kColumns, false>(out, run, group, scale.of(group), table, y);
+    if (group + 1 < kGroups) table = load_table(run, group + 1);
     if (out.epilogue.residual) add_residual(out, place, y);
     if (out.epilogue.activation.enabled) activate_group(out, run, group, y);
     if (bits) compare_group(run, group, y, bytes);
@@ -287,43 +290,44 @@ __device__ void store_any_run(const TileOutput& out, const WarpRun<kColumns>& ru
   if (bits) store_bits(out, run, bits, bytes, 0);
 }
 
-// acc: of a warp's 16 pixels and of kColumns channels from the block's channel `column` on;
-// window_bits: popcount(a) of the lane's pixels; pixel: number lane % 16 of the warp's.
+// A run whose sums are still to come: of a warp's 16 pixels from number `flat` of a tile on, and of
+// kColumns channels from the block's channel `column` on. first: the block's.
 template <int kColumns>
-__device__ void store_run(const TileConv& args, int32_t column, bool has_limits, const int32_t* acc,
-                          const int32_t (&window_bits)[kLanePixels], const Pixel& pixel) {
-  const auto& [conv, out] = args;
-  const int lane = threadIdx.x % kWarpSize, q = lane % 4;
-  const int32_t lane_column = column + q * kLaneChannels;
-  const int32_t first = first_channel(conv);
-  WarpRun<kColumns> run = {.acc = acc,
-                           .pixels = {},
-                           .window_bits = {window_bits[0], window_bits[1]},
-                           .table = {},
-                           .terms = shared<float>(conv.at.terms) + lane_column,
-                           .first_channel = first + column,
-                           .lane_channel = first + lane_column};
+__device__ WarpRun<kColumns> locate_run(const HaloConv& conv, const TilePosition& tile,
+                                        int32_t flat, int32_t first, int32_t column) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int32_t lane_column = column + lane % 4 * kLaneChannels;
+  WarpRun<kColumns> run;
 #pragma unroll
   for (int row = 0; row < kLanePixels; ++row) {
-    const auto of_row = [&](int32_t value) {
-      return __shfl_sync(kWholeWarp, value, lane / 4 + row * kWarpPixels / 2);
-    };
-    run.pixels[row] = {of_row(pixel.table), of_row(pixel.image), of_row(pixel.index)};
+    run.pixels[row] = locate_pixel(conv, tile, flat + lane / 4 + row * kWarpPixels / kLanePixels);
     run.table[row] = shared<int32_t>(conv.at.table) + run.pixels[row].table + lane_column;
   }
+  run.terms = shared<float>(conv.at.terms) + lane_column;
+  run.first_channel = first + column;
+  run.lane_channel = first + lane_column;
+  return run;
+}
+
+// With its sums. table: of its first group.
+template <int kColumns, class Scale>
+__device__ void store_run(const TileConv& args, const WarpRun<kColumns>& run, const Scale& scale,
+                          const GroupTable& table, int32_t column, bool has_limits) {
+  const auto& [conv, out] = args;
   if (has_limits) {
-    return store_compared_run(out, run, flipped_words(conv)[(column / kGroup + q) % 4]);
+    const int word = (column / kGroup + threadIdx.x % 4) % 4;
+    return store_compared_run(out, run, scale, table, flipped_words(conv)[word]);
   }
   if (!out.is_simple || run.first_channel + kColumns > out.channels) {
-    return store_any_run(out, run);
+    return store_any_run(out, run, scale, table);
   }
   switch (out.epilogue.out_type) {
     case DataType::kFloat16:
-      return store_simple_run<__half>(out, run);
+      return store_simple_run<__half>(out, run, scale, table);
     case DataType::kBFloat16:
-      return store_simple_run<__nv_bfloat16>(out, run);
+      return store_simple_run<__nv_bfloat16>(out, run, scale, table);
     default:
-      return store_simple_run<float>(out, run);
+      return store_simple_run<float>(out, run, scale, table);
   }
 }
 

@@ -67,22 +67,84 @@ inline TileConv tile_conv(const Conv2dArgs& args, const HaloPlan& plan) {
 // What one lane has of a group.
 using Group = float[kLanePixels][kLaneChannels];
 
+constexpr int kWidth = 4;  // Numbers that come at a time from shared memory.
+constexpr int kQuads = kLaneChannels / kWidth;
+template <class T>
+using LaneVector = Vector<T, kWidth>[kQuads];  // Of the lane's channels of a group.
+
+template <class T>
+__device__ void load_lane(const T* from, LaneVector<T>& to) {
+#pragma unroll
+  for (int i = 0; i < kQuads; ++i) to[i] = load_vector<kWidth>(from + i * kWidth);
+}
+
+// What a lane needs of its channels at all times: what they scale their sums with or, where only
+// bits are asked for, what limits they compare them with.
+struct GroupScale {
+  LaneVector<float> scale, bias;
+};
+
+// Shared memory feeds the tensor cores too and is slow while they work: where registers are to
+// spare, they keep this.
+template <int kColumns, bool kIsKept>
+class LaneScale {
+ public:
+  // terms: kScale and so on of the lane's first channel.
+  __device__ LaneScale(const float* terms, bool has_limits)
+      : scale_(terms + (has_limits ? kBitLimit : kScale) * kMostChannels),
+        bias_(terms + kBias * kMostChannels) {
+    if constexpr (kIsKept) {
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) load(group, kept_[group]);
+    }
+  }
+
+  __device__ GroupScale of(int group) const {
+    if constexpr (kIsKept) return kept_[group];
+    GroupScale loaded;
+    load(group, loaded);
+    return loaded;
+  }
+
+ private:
+  static constexpr int kGroups = kColumns / kGroup;
+
+  __device__ void load(int group, GroupScale& to) const {
+    load_lane(scale_ + group * kGroup, to.scale);
+    load_lane(bias_ + group * kGroup, to.bias);
+  }
+
+  const float *scale_, *bias_;
+  GroupScale kept_[kIsKept ? kGroups : 1];
+};
+
 // What a warp turns into outputs.
 template <int kColumns>
 struct WarpRun {
-  const int32_t* acc;                 // kColumns / 2 of them.
   Pixel pixels[kLanePixels];          // Of this lane.
-  int32_t window_bits[kLanePixels];   // popcount(a)
   const int32_t* table[kLanePixels];  // T of the pixel, from the lane's first channel on.
   const float* terms;                 // Of the same channel, kScale and so on.
   int32_t first_channel;              // Of the run.
   int32_t lane_channel;               // The lane's first channel.
 
-  template <int kWidth>
-  __device__ Vector<float, kWidth> term(ChannelTerm which, int channel) const {
-    return load_vector<kWidth>(terms + which * kMostChannels + channel);
-  }
+  const int32_t* acc;                // kColumns / 2 of them.
+  int32_t window_bits[kLanePixels];  // popcount(a)
 };
+
+// T of a group, for the lane's pixels.
+struct GroupTable {
+  LaneVector<int32_t> rows[kLanePixels];
+};
+
+template <int kColumns>
+__device__ GroupTable load_table(const WarpRun<kColumns>& run, int group) {
+  GroupTable table;
+#pragma unroll
+  for (int row = 0; row < kLanePixels; ++row) {
+    load_lane(run.table[row] + group * kGroup, table.rows[row]);
+  }
+  return table;
+}
 
 // What a lane has of pixel `row` of its pixels and channel `channel` of a group's.
 template <int kColumns>

@@ -1,0 +1,14 @@
+#pragma once
+
+#include "cuda/numeric.cuh"
+
+// In place of the library's predicated.cuh, which is made of PTX.
+
+namespace binconv::cuda {
+
+template <class T>
+void store_vector_if(bool condition, T* to, const Vector<T, kVectorWidth<T>>& vector) {
+  if (condition) store_vector(to, vector);
+}
+
+}  // namespace binconv::cuda
