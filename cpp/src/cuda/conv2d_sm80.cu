@@ -10,7 +10,7 @@
 #include "cuda/tile_epilogue.cuh"
 
 // Ampere and Ada: mma.sync with AND and popcount, from the halo tiles of halo.h. All warps of a
-// block load together with cp.async, and each multiplies 64 pixels (a run) with 64 channels.
+// block load together with cp.async, and each multiplies 32 pixels with 64 channels.
 
 namespace binconv::cuda {
 namespace {
@@ -18,15 +18,17 @@ namespace {
 using Multiply = cute::SM80_16x8x256_S32U1U1S32_TN_ANDPOPC;
 using CopyAsync = cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>;
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 16;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kUnitChannels = 64;
-constexpr int kRowBlocks = kRunPixels / kWarpPixels;
+constexpr int kUnitPixels = 32;
+constexpr int kRowBlocks = kUnitPixels / kWarpPixels;
+constexpr int kRunUnits = kRunPixels / kUnitPixels;
 constexpr int kColumnBlocks = kUnitChannels / 8;
 constexpr int kStreamedChannels = 128;
-constexpr int kStreamedRuns = kWarps / (kStreamedChannels / kUnitChannels);
+constexpr int kStreamedRuns = kWarps / kRunUnits / (kStreamedChannels / kUnitChannels);
 
-// Of 64 pixels and 64 channels, as tile_epilogue.cuh wants 16 pixels of them, and 8 columns of
+// Of a unit, as tile_epilogue.cuh wants 16 pixels of them, and 8 columns of
 // ones.
 constexpr int kSums = 4 * (kColumnBlocks + 1);
 using Accumulators = int32_t[kRowBlocks][kSums];
@@ -141,30 +143,28 @@ __device__ void multiply_pair(Accumulators& acc, const HaloConv& conv, uint32_t 
 
 // A warp's share of a tile.
 struct Unit {
-  int32_t run, column;
+  int32_t pixel, column;  // The first ones.
 };
 
 __device__ Unit unit_at(const HaloPlan& plan, int32_t index) {
   const int32_t columns = plan.block_channels / kUnitChannels;
-  return {index / columns, index % columns * kUnitChannels};
+  return {index / columns * kUnitPixels, index % columns * kUnitChannels};
 }
 
 __device__ void finish(const TileConv& args, const Unit& unit, const Accumulators& acc,
-                       const TilePosition& tile, bool has_limits) {
-  const int32_t lane_column = unit.column + threadIdx.x % 4 * kLaneChannels;
-  const LaneScale<kUnitChannels, true> scale(shared<float>(args.conv.at.terms) + lane_column,
-                                             has_limits);
+                       const TilePosition& tile) {
+  const Lane lane = make_lane(args, unit.column, kUnitChannels);
+  const LaneScale<kUnitChannels, false> scale(lane);
 #pragma unroll
   for (int i = 0; i < kRowBlocks; ++i) {
     WarpRun<kUnitChannels> run =
-        locate_run<kUnitChannels>(args.conv, tile, unit.run * kRunPixels + i * kWarpPixels,
-                                  first_channel(args.conv), unit.column);
+        locate_run<kUnitChannels>(args.conv, lane, tile, unit.pixel + i * kWarpPixels);
     run.acc = acc[i];
 #pragma unroll
     for (int row = 0; row < kLanePixels; ++row) {
       run.window_bits[row] = acc[i][4 * kColumnBlocks + 2 * row];
     }
-    store_run(args, run, scale, load_table(run, 0), unit.column, has_limits);
+    store_run(args, lane, run, scale, load_table(run, 0));
   }
 }
 
@@ -173,7 +173,7 @@ __device__ uint32_t weights_at(const HaloConv& conv, const Unit& unit) {
 }
 
 // Resident weights: the next tile's halo loads while this one is multiplied.
-__device__ void multiply_resident(const TileConv& args, bool has_limits) {
+__device__ void multiply_resident(const TileConv& args) {
   const HaloConv& conv = args.conv;
   const HaloPlan& plan = conv.plan;
   load_resident_weights(conv);
@@ -187,16 +187,15 @@ __device__ void multiply_resident(const TileConv& args, bool has_limits) {
     load(tile + gridDim.x, slot ^ 1);
     cute::cp_async_wait<1>();
     __syncthreads();
-    const int32_t units = plan.runs * (plan.block_channels / kUnitChannels);
+    const int32_t units = plan.runs * kRunUnits * (plan.block_channels / kUnitChannels);
     for (int32_t i = threadIdx.x / kWarpSize; i < units; i += kWarps) {
       const Unit unit = unit_at(plan, i);
       const uint32_t halo = (conv.at.halo + slot * plan.stage_bytes()) / kChunkBytes;
       Accumulators acc = {};
       for (int32_t k = 0; k < plan.pairs; ++k) {
-        multiply_pair(acc, conv, halo + unit.run * kRunPixels, weights_at(conv, unit),
-                      conv.tables.pairs[k]);
+        multiply_pair(acc, conv, halo + unit.pixel, weights_at(conv, unit), conv.tables.pairs[k]);
       }
-      finish(args, unit, acc, tile_position(conv, tile), has_limits);
+      finish(args, unit, acc, tile_position(conv, tile));
     }
     __syncthreads();
     slot ^= 1;
@@ -206,7 +205,7 @@ __device__ void multiply_resident(const TileConv& args, bool has_limits) {
 // Streamed weights: a tile has at most one unit for each warp. Its work is cut into slots of up to
 // kStreamTaps taps of two chunks; the loads run a few slots ahead, but not so far that a halo
 // would overwrite one in use.
-__device__ void multiply_streamed(const TileConv& args, bool has_limits) {
+__device__ void multiply_streamed(const TileConv& args) {
   const HaloConv& conv = args.conv;
   const HaloPlan& plan = conv.plan;
   const int32_t step_slots = ceil_div(conv.taps, kStreamTaps);
@@ -237,14 +236,14 @@ __device__ void multiply_streamed(const TileConv& args, bool has_limits) {
       const uint32_t weights =
           weights_at(conv, unit) + index % plan.parts * plan.part_bytes() / kChunkBytes;
       // What a warp without a run would multiply may just be loading.
-      const int32_t pairs = unit.run < plan.runs ? min(conv.taps - first, kStreamTaps) : 0;
+      const int32_t pairs =
+          unit.pixel < plan.runs * kRunPixels ? min(conv.taps - first, kStreamTaps) : 0;
       for (int32_t k = 0; k < pairs; ++k) {
-        multiply_pair(acc, conv, halo + unit.run * kRunPixels, weights,
-                      conv.tables.pairs[first + k]);
+        multiply_pair(acc, conv, halo + unit.pixel, weights, conv.tables.pairs[first + k]);
       }
       __syncthreads();
     }
-    if (unit.run < plan.runs) finish(args, unit, acc, at, has_limits);
+    if (unit.pixel < plan.runs * kRunPixels) finish(args, unit, acc, at);
     __syncthreads();
   }
 }
@@ -256,11 +255,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   write_constants(args.conv, threadIdx.x, kThreads);
   prepare_channels(args, threadIdx.x, kThreads);
   __syncthreads();
-  const bool has_limits = has_bit_limits(args);
   if constexpr (kStreamed) {
-    multiply_streamed(args, has_limits);
+    multiply_streamed(args);
   } else {
-    multiply_resident(args, has_limits);
+    multiply_resident(args);
   }
 #endif
 }

@@ -183,8 +183,7 @@ class Loader {
 struct Consumer {
   int index, warp;
   bool is_leader;  // One lane of each warp.
-  int32_t first_channel;
-  bool has_limits;
+  Lane lane;
 };
 
 template <int kChannels>
@@ -194,8 +193,8 @@ using Accumulators = int32_t[(kChannels + kOnes) / 2];
 template <int kChannels>
 __device__ WarpRun<kChannels> locate(const HaloConv& conv, const Consumer& self, int32_t tile,
                                      int32_t run) {
-  return locate_run<kChannels>(conv, tile_position(conv, tile),
-                               run * kRunPixels + self.warp * kWarpPixels, self.first_channel, 0);
+  return locate_run<kChannels>(conv, self.lane, tile_position(conv, tile),
+                               run * kRunPixels + self.warp * kWarpPixels);
 }
 
 template <int kChannels, class Scale>
@@ -205,13 +204,7 @@ __device__ void finish(const TileConv& args, const Consumer& self, WarpRun<kChan
   run.acc = acc;
 #pragma unroll
   for (int row = 0; row < kLanePixels; ++row) run.window_bits[row] = acc[kChannels / 2 + 2 * row];
-  store_run(args, run, scale, table, 0, self.has_limits);
-}
-
-template <int kChannels, bool kIsKept>
-__device__ LaneScale<kChannels, kIsKept> lane_scale(const HaloConv& conv, const Consumer& self) {
-  const int32_t lane_column = threadIdx.x % 4 * kLaneChannels;
-  return {shared<float>(conv.at.terms) + lane_column, self.has_limits};
+  store_run(args, self.lane, run, scale, table);
 }
 
 // Both operands are rows of 16-byte chunks without swizzle: 8 rows 16 bytes apart are a core
@@ -238,7 +231,7 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
   const HaloConv& conv = args.conv;
   const HaloPlan& plan = conv.plan;
   const HaloPair* pairs = conv.tables.pairs;
-  const auto scale = lane_scale<kChannels, true>(conv, self);
+  const LaneScale<kChannels, true> scale(self.lane);
   constexpr int kConsumers = Block<kChannels>::kConsumers;
   Ring stage{plan.halo_stages};
   bool has_weights = false;
@@ -300,7 +293,7 @@ template <int kChannels>
 __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, const Consumer& self) {
   const HaloConv& conv = args.conv;
   const HaloPlan& plan = conv.plan;
-  const auto scale = lane_scale<kChannels, false>(conv, self);
+  const LaneScale<kChannels, false> scale(self.lane);
   const int32_t steps = stage_steps(conv), first_run = self.index * kStreamedRuns;
   Ring halo{plan.halo_stages}, weights{plan.parts};
   for (int32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
@@ -383,11 +376,12 @@ __global__ void __launch_bounds__(kThreads<kChannels>, 1)
   // While the first halo and weights are on their way.
   prepare_channels(args, threadIdx.x, kMultipliers<kChannels>);
   cutlass::arch::NamedBarrier::sync(kMultipliers<kChannels>, 1);
-  const int thread = threadIdx.x % kWarpgroup;
-  int32_t first = first_channel(conv);
-  asm volatile("" : "+r"(first));  // Else the block's number is read for every run.
-  const Consumer self = {warpgroup, thread / kWarpSize, thread % kWarpSize == 0, first,
-                         has_bit_limits(args)};
+  Consumer self = {warpgroup, static_cast<int>(threadIdx.x % kWarpgroup / kWarpSize),
+                   threadIdx.x % kWarpSize == 0, make_lane(args, 0, kChannels)};
+  // Else they are worked out again for every run, from registers that are slow to read.
+  asm volatile(""
+               : "+r"(self.warp), "+r"(self.lane.row), "+r"(self.lane.q), "+r"(self.lane.column),
+                 "+r"(self.lane.channel), "+r"(self.lane.first_channel));
   if constexpr (kStreamed) {
     multiply_streamed<kChannels>(args, barriers, self);
   } else {

@@ -19,7 +19,6 @@ constexpr int64_t round_up(int64_t value, int64_t multiple) {
 
 constexpr int64_t kBoxLimit = 256;  // Extents of a tensor-map box.
 constexpr int64_t kStrideLimit = 8;
-constexpr int64_t kMaxBorderEntries = 128;
 // Of the output; a grid's step further, tiles can still be counted in 32 bits.
 constexpr int64_t kMaxPixels = (int64_t{1} << 31) - (1 << 16);
 constexpr int64_t kMaxChannels = 64 * 65535;  // Blocks of channels are the grid's second extent.
@@ -193,7 +192,7 @@ class Planner {
   // come from the rates of tensor cores, caches and memory, and from counting instructions.
   double cost(const HaloPlan& plan) const {
     constexpr double kCacheBytes = 40, kStoreBytes = 19;  // Per cycle.
-    constexpr double kStart = 3000, kLoadLatency = 1500;
+    constexpr double kStart = 3000, kLoadLatency = 1500, kTile = 300;
     const double channels = plan.block_channels;
     const int64_t blocks = ceil_div(shape_.weight.out_channels, plan.block_channels);
     const int64_t workers = std::max<int64_t>(1, limits_.multiprocessors / blocks);
@@ -222,7 +221,7 @@ class Planner {
     }
     const double rounds = static_cast<double>(ceil_div(tiles * plan.runs, at_once));
     const double start = kStart + load + (plan.is_streamed ? 0 : weights);
-    return (start + std::max(rounds * alone, tiles * tile + alone)) * waves;
+    return (start + std::max(rounds * alone, tiles * tile + alone) + tiles * kTile) * waves;
   }
 
  private:
@@ -274,6 +273,32 @@ void search(const Planner& planner, const HaloLimits& limits, int64_t batch, Bes
   }
 }
 
+struct Taps {
+  int64_t first, end;
+};
+
+// Those inside the input at a position of the output along one axis.
+Taps taps_inside(const AxisShape& a, int64_t position) {
+  const int64_t origin = position * a.stride - a.pad;
+  const auto within = [&](int64_t extent) {
+    return std::min(ceil_div(std::max<int64_t>(extent, 0), a.dilation), a.kernel);
+  };
+  const int64_t end = within(a.in - origin);
+  return {std::min(within(-origin), end), end};
+}
+
+void list_inside_taps(const Conv2dShape& shape, const HaloPlan& plan, HaloTables& tables) {
+  const auto narrow = [](int64_t tap) { return static_cast<uint8_t>(tap); };
+  InsideTaps* to = tables.inside;
+  for (int32_t i = 0; i < plan.row_border.entries; ++i) {
+    const Taps rows = taps_inside(rows_of(shape), plan.row_border.position(i));
+    for (int32_t j = 0; j < plan.column_border.entries; ++j) {
+      const Taps columns = taps_inside(columns_of(shape), plan.column_border.position(j));
+      *to++ = {narrow(rows.first), narrow(rows.end), narrow(columns.first), narrow(columns.end)};
+    }
+  }
+}
+
 }  // namespace
 
 Border border_of(const AxisShape& a) {
@@ -303,6 +328,7 @@ HaloTables halo_tables(const Conv2dShape& shape, const HaloPlan& plan) {
     tables.pairs[count++] = {static_cast<uint32_t>(halo | halo_step << 16),
                              static_cast<uint32_t>(weights | weights_step << 16)};
   };
+  list_inside_taps(shape, plan, tables);
   const int64_t part_step = plan.part_bytes() / kChunkBytes;
   const int64_t weight_step = int64_t{plan.part_taps} * kCoreRows;
   if (plan.is_streamed) {

@@ -30,7 +30,6 @@ struct HaloConv {
   int32_t batch, in_height, in_width, out_height, out_width;
   int32_t kernel_height, kernel_width, stride_height, stride_width, pad_top, pad_left;
   int32_t pad_value;
-  int32_t dilation_height, dilation_width;
   Divisor pitch, tile_images, column_tiles, row_tiles;
   int32_t taps, chunks, group_in_channels, group_out_channels;
   int64_t pixel_chunks;
@@ -78,9 +77,6 @@ inline HaloConv halo_conv(const Conv2dArgs& args, const HaloPlan& plan) {
   const WeightShape& weight = shape.weight;
   const PreparedLayout prepared = prepared_layout(weight);
   const auto narrow = [](int64_t value) { return static_cast<int32_t>(value); };
-  const auto dilation = [&](int64_t value, int64_t kernel) {  // That of a single tap can be huge.
-    return kernel == 1 ? 1 : narrow(value);
-  };
   return {
       .plan = plan,
       .at = halo_layout(plan),
@@ -97,8 +93,6 @@ inline HaloConv halo_conv(const Conv2dArgs& args, const HaloPlan& plan) {
       .pad_top = narrow(shape.pad_top),
       .pad_left = narrow(shape.pad_left),
       .pad_value = shape.pad_value,
-      .dilation_height = dilation(shape.dilation_height, weight.kernel_height),
-      .dilation_width = dilation(shape.dilation_width, weight.kernel_width),
       .pitch = Divisor(plan.pitch),
       .tile_images = Divisor(plan.tile_images),
       .column_tiles = Divisor(plan.column_tiles),
@@ -141,26 +135,11 @@ __device__ inline TilePosition halo_position(const HaloConv& conv, int32_t flat)
   return {static_cast<int32_t>(image), static_cast<int32_t>(row), static_cast<int32_t>(column)};
 }
 
-// The taps that are inside the input at a position of the output along one axis.
-__device__ inline TapRange taps_inside(int32_t position, int32_t in, int32_t kernel, int32_t stride,
-                                       int32_t pad, int32_t dilation) {
-  const int32_t origin = position * stride - pad;
-  const auto taps_within = [&](int32_t extent) {
-    return min(ceil_div(max(extent, 0), dilation), kernel);
-  };
-  const int32_t end = taps_within(in - origin);
-  return {min(taps_within(-origin), end), end};
-}
-
 // Of T, for an entry of the border and one of all channels: the bits of kMagic + T.
 __device__ inline int32_t table_entry(const HaloConv& conv, int32_t entry, int32_t channel) {
-  const Border &row_border = conv.plan.row_border, &column_border = conv.plan.column_border;
-  const int32_t row = entry / column_border.entries;
-  const TapRange rows = taps_inside(row_border.position(row), conv.in_height, conv.kernel_height,
-                                    conv.stride_height, conv.pad_top, conv.dilation_height);
-  const TapRange columns =
-      taps_inside(column_border.position(entry - row * column_border.entries), conv.in_width,
-                  conv.kernel_width, conv.stride_width, conv.pad_left, conv.dilation_width);
+  const InsideTaps& taps = conv.tables.inside[entry];
+  const TapRange rows = {taps.first_row, taps.end_row};
+  const TapRange columns = {taps.first_column, taps.end_column};
   const auto zeros = [&](const TapRange& r, const TapRange& c) {
     const int32_t taps = (r.end - r.first) * (c.end - c.first);
     return conv.group_in_channels * taps - 2 * conv.tap_bits.count(r, c, channel);

@@ -28,12 +28,12 @@ constexpr int kMostChannels = 128;  // Of a thread block.
 // What a kernel brings to a plan.
 struct HaloLimits {
   int multiprocessors;
-  int shared_bytes;            // That one thread block can have.
+  int shared_bytes;  // That one thread block can have.
   // That a block multiplies at once: of 128 channels, of fewer, of streamed weights.
   int wide_runs, narrow_runs, streamed_runs;
-  int least_channels;          // Of a thread block: 32 or 64.
-  int ones;  // Columns of ones behind the weights of a block, in which the bits of the
-             // pixels are counted. A multiple of 8.
+  int least_channels;  // Of a thread block: 32 or 64.
+  int ones;            // Columns of ones behind the weights of a block, in which the bits of the
+                       // pixels are counted. A multiple of 8.
   int most_halo_stages, most_streamed_parts;  // Buffers; at least kLeastStages.
 };
 
@@ -107,8 +107,16 @@ struct HaloPair {
 
 constexpr int kMaxPairs = 128;
 
+// The taps inside the input: rows from first_row to end_row - 1, columns likewise.
+struct InsideTaps {
+  uint8_t first_row, end_row, first_column, end_column;
+};
+
+constexpr int kMaxBorderEntries = 128;  // Of rows times those of columns.
+
 struct HaloTables {
-  HaloPair pairs[kMaxPairs];  // Of a stage.
+  HaloPair pairs[kMaxPairs];             // Of a stage.
+  InsideTaps inside[kMaxBorderEntries];  // Of each entry of the border, row by row.
 };
 
 // How many pixels a tap's pixels lie behind those of the first tap.

@@ -87,13 +87,34 @@ __device__ inline void prepare_channels(const TileConv& args, int thread, int th
   make_table(conv, thread, threads);
 }
 
-__device__ inline bool has_bit_limits(const TileConv& args) {
+// After prepare_channels. column: the first channel, of the block, of the warp's runs, which have
+// `columns` channels.
+__device__ inline Lane make_lane(const TileConv& args, int32_t column, int32_t columns) {
   const auto& [conv, out] = args;
-  bool has = out.is_bits;
-  for (int32_t i = 0; has && i < conv.plan.block_channels / kGroup; ++i) {
-    has = unordered_words(conv)[i] == 0;
-  }
-  return has;
+  Lane lane;
+  lane.row = threadIdx.x % kWarpSize / 4, lane.q = threadIdx.x % 4;
+  lane.first_channel = first_channel(conv) + column;
+  lane.column = column + lane.q * kLaneChannels;
+  lane.channel = lane.first_channel + lane.q * kLaneChannels;
+  lane.terms = shared<float>(conv.at.terms) + lane.column;
+  const auto finish = [&] {
+    bool can_compare = out.is_bits;
+    for (int32_t i = 0; can_compare && i < conv.plan.block_channels / kGroup; ++i) {
+      can_compare = unordered_words(conv)[i] == 0;
+    }
+    if (can_compare) return Finish::kCompare;
+    if (!out.is_simple || lane.first_channel + columns > out.channels) return Finish::kAny;
+    switch (out.epilogue.out_type) {
+      case DataType::kFloat16:
+        return Finish::kFloat16;
+      case DataType::kBFloat16:
+        return Finish::kBFloat16;
+      default:
+        return Finish::kFloat32;
+    }
+  };
+  lane.finish = finish();
+  return lane;
 }
 
 }  // namespace binconv::cuda

@@ -39,9 +39,10 @@ struct Place {
 };
 
 template <int kColumns>
-__device__ Place locate_group(const TileOutput& out, const WarpRun<kColumns>& run, int group) {
+__device__ Place locate_group(const TileOutput& out, const Lane& lane, const WarpRun<kColumns>& run,
+                              int group) {
   const bool nhwc = out.epilogue.out_layout == Layout::kNHWC;
-  const int64_t channel = run.lane_channel + group * kGroup;
+  const int64_t channel = lane.channel + group * kGroup;
   Place place;
   place.step = nhwc ? 1 : out.plane_pixels;
   place.channels =
@@ -109,14 +110,13 @@ __device__ inline void add_residual(const TileOutput& out, const Place& place, G
   }
 }
 
-template <int kColumns>
-__device__ void activate_group(const TileOutput& out, const WarpRun<kColumns>& run, int group,
-                               Group& y) {
+__device__ inline void activate_group(const TileOutput& out, const Lane& lane, int group,
+                                      Group& y) {
   const bool is_relu = !out.epilogue.activation.slope;
   LaneVector<float> in, slope, shift;
-  load_lane(run.terms + kInShift * kMostChannels + group * kGroup, in);
-  load_lane(run.terms + kSlope * kMostChannels + group * kGroup, slope);
-  load_lane(run.terms + kOutShift * kMostChannels + group * kGroup, shift);
+  load_lane(lane.terms + kInShift * kMostChannels + group * kGroup, in);
+  load_lane(lane.terms + kSlope * kMostChannels + group * kGroup, slope);
+  load_lane(lane.terms + kOutShift * kMostChannels + group * kGroup, shift);
 #pragma unroll
   for (int k = 0; k < kLaneChannels; ++k) {
     const int i = k / kWidth, j = k % kWidth;
@@ -128,13 +128,12 @@ __device__ void activate_group(const TileOutput& out, const WarpRun<kColumns>& r
 }
 
 // The bits of a lane's channels, for each of its pixels one byte of a word.
-template <int kColumns>
-__device__ void compare_group(const WarpRun<kColumns>& run, int group, const Group& y,
-                              uint32_t (&bytes)[kLanePixels]) {
+__device__ inline void compare_group(const Lane& lane, int group, const Group& y,
+                                     uint32_t (&bytes)[kLanePixels]) {
   float hits[kLanePixels] = {};  // As floats, comparing and adding take one step each.
   LaneVector<float> limit, sign;
-  load_lane(run.terms + kThreshold * kMostChannels + group * kGroup, limit);
-  load_lane(run.terms + kThresholdSign * kMostChannels + group * kGroup, sign);
+  load_lane(lane.terms + kThreshold * kMostChannels + group * kGroup, limit);
+  load_lane(lane.terms + kThresholdSign * kMostChannels + group * kGroup, sign);
 #pragma unroll
   for (int row = 0; row < kLanePixels; ++row) {
 #pragma unroll
@@ -148,8 +147,7 @@ __device__ void compare_group(const WarpRun<kColumns>& run, int group, const Gro
 }
 
 // A row's four lanes have a byte of each of four words; lane q gets word q.
-__device__ inline uint32_t join_bytes(uint32_t bytes) {
-  const int q = threadIdx.x % 4;
+__device__ inline uint32_t join_bytes(int q, uint32_t bytes) {
   const uint32_t neighbour = __shfl_xor_sync(kWholeWarp, bytes, 1);
   bytes = __byte_perm(bytes, neighbour, q % 2 == 0 ? 0x6240 : 0x3715);
   const uint32_t opposite = __shfl_xor_sync(kWholeWarp, bytes, 2);
@@ -159,17 +157,16 @@ __device__ inline uint32_t join_bytes(uint32_t bytes) {
 // bytes: of the lane's channels in each group. Lane q of a row's four stores word q of the run's
 // channels; those of the last channels also the zeros behind them.
 template <int kColumns>
-__device__ void store_bits(const TileOutput& out, const WarpRun<kColumns>& run, void* bits,
-                           const uint32_t (&bytes)[kLanePixels], uint32_t flipped) {
-  const int q = threadIdx.x % 4;
-  const int32_t first = run.first_channel / kGroup + q;
+__device__ void store_bits(const TileOutput& out, const Lane& lane, const WarpRun<kColumns>& run,
+                           void* bits, const uint32_t (&bytes)[kLanePixels], uint32_t flipped) {
+  const int32_t first = lane.first_channel / kGroup + lane.q;
   const int64_t left = out.channels - int64_t{first} * kGroup;
   const uint32_t exist = left >= kGroup ? ~0u : left > 0 ? (1u << left) - 1 : 0;
-  const bool is_last = run.first_channel + kColumns >= out.channels;
-  const bool is_mine = first < out.packed_words && (q < kColumns / kGroup || is_last);
+  const bool is_last = lane.first_channel + kColumns >= out.channels;
+  const bool is_mine = first < out.packed_words && (lane.q < kColumns / kGroup || is_last);
 #pragma unroll
   for (int row = 0; row < kLanePixels; ++row) {
-    const uint32_t word = (join_bytes(bytes[row]) ^ flipped) & exist;
+    const uint32_t word = (join_bytes(lane.q, bytes[row]) ^ flipped) & exist;
     const int64_t pixel = run.pixels[row].index;
     if (is_mine && pixel >= 0) {
       static_cast<uint32_t*>(bits)[pixel * out.packed_words + first] = word;
@@ -213,15 +210,16 @@ __device__ inline void store_values(const TileOutput& out, const Place& place, G
 // Where out.is_simple and all channels exist: the common case, in which nothing is decided for each
 // value or group. table: of the first group.
 template <class T, int kColumns, class Scale>
-__device__ void store_simple_run(const TileOutput& out, const WarpRun<kColumns>& run,
-                                 const Scale& scale, GroupTable table) {
+__device__ void store_simple_run(const TileOutput& out, const Lane& lane,
+                                 const WarpRun<kColumns>& run, const Scale& scale,
+                                 GroupTable table) {
   constexpr int kGroups = kColumns / kGroup, kPiece = kVectorWidth<T>;
   T* data[kLanePixels];
   bool is_valid[kLanePixels];
 #pragma unroll
   for (int row = 0; row < kLanePixels; ++row) {
     const int64_t pixel = run.pixels[row].index;
-    data[row] = static_cast<T*>(out.data) + pixel * out.channels + run.lane_channel;
+    data[row] = static_cast<T*>(out.data) + pixel * out.channels + lane.channel;
     is_valid[row] = pixel >= 0;
   }
 #pragma unroll
@@ -244,8 +242,9 @@ __device__ void store_simple_run(const TileOutput& out, const WarpRun<kColumns>&
 
 // Bits alone, from comparing sums with limits.
 template <int kColumns, class Scale>
-__device__ void store_compared_run(const TileOutput& out, const WarpRun<kColumns>& run,
-                                   const Scale& limits, GroupTable table, uint32_t flipped) {
+__device__ void store_compared_run(const TileOutput& out, const Lane& lane,
+                                   const WarpRun<kColumns>& run, const Scale& limits,
+                                   GroupTable table, uint32_t flipped) {
   constexpr int kGroups = kColumns / kGroup;
   uint32_t bytes[kLanePixels] = {};
 #pragma unroll
@@ -266,68 +265,61 @@ __device__ void store_compared_run(const TileOutput& out, const WarpRun<kColumns
     }
     if (group + 1 < kGroups) table = load_table(run, group + 1);
   }
-  store_bits(out, run, out.data, bytes, flipped);
+  store_bits(out, lane, run, out.data, bytes, flipped);
 }
 
 template <int kColumns, class Scale>
-__device__ void store_any_run(const TileOutput& out, const WarpRun<kColumns>& run,
+__device__ void store_any_run(const TileOutput& out, const Lane& lane, const WarpRun<kColumns>& run,
                               const Scale& scale, GroupTable table) {
   constexpr int kGroups = kColumns / kGroup;
   void* bits = out.epilogue.out_type == DataType::kBits ? out.data : out.epilogue.bits;
   uint32_t bytes[kLanePixels] = {};
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
-    if (run.first_channel + group * kGroup >= out.channels) break;
-    const Place place = locate_group(out, run, group);
+    if (lane.first_channel + group * kGroup >= out.channels) break;
+    const Place place = locate_group(out, lane, run, group);
     Group y;
     scale_group<kColumns, false>(out, run, group, scale.of(group), table, y);
     if (group + 1 < kGroups) table = load_table(run, group + 1);
     if (out.epilogue.residual) add_residual(out, place, y);
-    if (out.epilogue.activation.enabled) activate_group(out, run, group, y);
-    if (bits) compare_group(run, group, y, bytes);
+    if (out.epilogue.activation.enabled) activate_group(out, lane, group, y);
+    if (bits) compare_group(lane, group, y, bytes);
     store_values(out, place, y);
   }
-  if (bits) store_bits(out, run, bits, bytes, 0);
+  if (bits) store_bits(out, lane, run, bits, bytes, 0);
 }
 
-// A run whose sums are still to come: of a warp's 16 pixels from number `flat` of a tile on, and of
-// kColumns channels from the block's channel `column` on. first: the block's.
+// A run whose sums are still to come: of a warp's 16 pixels from number `flat` of a tile on.
 template <int kColumns>
-__device__ WarpRun<kColumns> locate_run(const HaloConv& conv, const TilePosition& tile,
-                                        int32_t flat, int32_t first, int32_t column) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int32_t lane_column = column + lane % 4 * kLaneChannels;
+__device__ WarpRun<kColumns> locate_run(const HaloConv& conv, const Lane& lane,
+                                        const TilePosition& tile, int32_t flat) {
   WarpRun<kColumns> run;
 #pragma unroll
   for (int row = 0; row < kLanePixels; ++row) {
-    run.pixels[row] = locate_pixel(conv, tile, flat + lane / 4 + row * kWarpPixels / kLanePixels);
-    run.table[row] = shared<int32_t>(conv.at.table) + run.pixels[row].table + lane_column;
+    run.pixels[row] = locate_pixel(conv, tile, flat + lane.row + row * kWarpPixels / kLanePixels);
+    run.table[row] = shared<int32_t>(conv.at.table) + run.pixels[row].table + lane.column;
   }
-  run.terms = shared<float>(conv.at.terms) + lane_column;
-  run.first_channel = first + column;
-  run.lane_channel = first + lane_column;
   return run;
 }
 
 // With its sums. table: of its first group.
 template <int kColumns, class Scale>
-__device__ void store_run(const TileConv& args, const WarpRun<kColumns>& run, const Scale& scale,
-                          const GroupTable& table, int32_t column, bool has_limits) {
+__device__ void store_run(const TileConv& args, const Lane& lane, const WarpRun<kColumns>& run,
+                          const Scale& scale, const GroupTable& table) {
   const auto& [conv, out] = args;
-  if (has_limits) {
-    const int word = (column / kGroup + threadIdx.x % 4) % 4;
-    return store_compared_run(out, run, scale, table, flipped_words(conv)[word]);
-  }
-  if (!out.is_simple || run.first_channel + kColumns > out.channels) {
-    return store_any_run(out, run, scale, table);
-  }
-  switch (out.epilogue.out_type) {
-    case DataType::kFloat16:
-      return store_simple_run<__half>(out, run, scale, table);
-    case DataType::kBFloat16:
-      return store_simple_run<__nv_bfloat16>(out, run, scale, table);
+  switch (lane.finish) {
+    case Finish::kFloat16:
+      return store_simple_run<__half>(out, lane, run, scale, table);
+    case Finish::kBFloat16:
+      return store_simple_run<__nv_bfloat16>(out, lane, run, scale, table);
+    case Finish::kFloat32:
+      return store_simple_run<float>(out, lane, run, scale, table);
+    case Finish::kCompare: {
+      const int word = (lane.column - lane.q * kLaneChannels) / kGroup + lane.q;
+      return store_compared_run(out, lane, run, scale, table, flipped_words(conv)[word % 4]);
+    }
     default:
-      return store_simple_run<float>(out, run, scale, table);
+      return store_any_run(out, lane, run, scale, table);
   }
 }
 

@@ -31,6 +31,9 @@ struct TileOutput {
   bool is_bits;    // bits, the only output.
 };
 
+// How a block finishes, decided once.
+enum class Finish { kAny, kFloat16, kBFloat16, kFloat32, kCompare };
+
 // The parameter of a kernel.
 struct TileConv {
   HaloConv conv;
@@ -78,6 +81,16 @@ __device__ void load_lane(const T* from, LaneVector<T>& to) {
   for (int i = 0; i < kQuads; ++i) to[i] = load_vector<kWidth>(from + i * kWidth);
 }
 
+// A lane's place among those of a warp, and the channels of all runs that it finishes.
+struct Lane {
+  int32_t row, q;         // Number 4 * row + q.
+  int32_t column;         // The first channel, of the block.
+  int32_t channel;        // The same, of all.
+  int32_t first_channel;  // Of the warp's runs.
+  Finish finish;
+  const float* terms;  // kScale and so on of `column`.
+};
+
 // What a lane needs of its channels at all times: what they scale their sums with or, where only
 // bits are asked for, what limits they compare them with.
 struct GroupScale {
@@ -89,10 +102,9 @@ struct GroupScale {
 template <int kColumns, bool kIsKept>
 class LaneScale {
  public:
-  // terms: kScale and so on of the lane's first channel.
-  __device__ LaneScale(const float* terms, bool has_limits)
-      : scale_(terms + (has_limits ? kBitLimit : kScale) * kMostChannels),
-        bias_(terms + kBias * kMostChannels) {
+  explicit __device__ LaneScale(const Lane& lane)
+      : scale_(lane.terms + (lane.finish == Finish::kCompare ? kBitLimit : kScale) * kMostChannels),
+        bias_(lane.terms + kBias * kMostChannels) {
     if constexpr (kIsKept) {
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) load(group, kept_[group]);
@@ -123,12 +135,8 @@ template <int kColumns>
 struct WarpRun {
   Pixel pixels[kLanePixels];          // Of this lane.
   const int32_t* table[kLanePixels];  // T of the pixel, from the lane's first channel on.
-  const float* terms;                 // Of the same channel, kScale and so on.
-  int32_t first_channel;              // Of the run.
-  int32_t lane_channel;               // The lane's first channel.
-
-  const int32_t* acc;                // kColumns / 2 of them.
-  int32_t window_bits[kLanePixels];  // popcount(a)
+  const int32_t* acc;                 // kColumns / 2 of them.
+  int32_t window_bits[kLanePixels];   // popcount(a)
 };
 
 // T of a group, for the lane's pixels.
