@@ -157,8 +157,9 @@ __device__ void finish(const TileConv& args, const Unit& unit, const Accumulator
   const LaneScale<kUnitChannels, false> scale(lane);
 #pragma unroll
   for (int i = 0; i < kRowBlocks; ++i) {
-    WarpRun<kUnitChannels> run =
-        locate_run<kUnitChannels>(args.conv, lane, tile, unit.pixel + i * kWarpPixels);
+    WarpRun<kUnitChannels> run = locate_run<kUnitChannels>(args.conv, lane, [&](int32_t pixel) {
+      return locate_pixel(args.conv, tile, unit.pixel + i * kWarpPixels + pixel);
+    });
     run.acc = acc[i];
 #pragma unroll
     for (int row = 0; row < kLanePixels; ++row) {
@@ -301,6 +302,7 @@ const HaloLimits kSm80Limits = {.multiprocessors = 84,  // Of the smallest GPU: 
                                 .streamed_runs = kStreamedRuns,
                                 .least_channels = kUnitChannels,
                                 .ones = 0,  // In registers.
+                                .lists_pixels = false,
                                 .most_halo_stages = 2,
                                 .most_streamed_parts = 3};
 

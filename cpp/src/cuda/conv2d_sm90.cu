@@ -39,30 +39,34 @@ constexpr int kMostHaloStages = 4, kMostStreamedParts = 8;
 // last weights. What is beyond these counts with the last of them.
 constexpr int kMostParts = kMostStreamedParts;
 
-// How a block of a number of channels is worked on. One warpgroup more loads; its first thread is
-// enough. Registers are those of each thread: a block starts with an equal share for each, and the
-// sum over its warpgroups cannot grow.
+// How a block of a number of channels is worked on. One warpgroup more feeds the others: its first
+// thread loads, its other warps list pixels. Registers are those of each thread: a block starts
+// with an equal share for each, and the sum over its warpgroups cannot grow.
 template <int kChannels>
 struct Block {
   static constexpr int kConsumers = 3;  // Warpgroups that multiply.
-  static constexpr int kConsumerRegisters = 160, kLoaderRegisters = 32;
+  static constexpr int kConsumerRegisters = 152, kFeederRegisters = 56;
 };
 template <>
 struct Block<kMostChannels> {
   static constexpr int kConsumers = 2;
-  static constexpr int kConsumerRegisters = 240, kLoaderRegisters = 24;
+  static constexpr int kConsumerRegisters = 232, kFeederRegisters = 40;
 };
 template <int kChannels>
 constexpr int kMultipliers = Block<kChannels>::kConsumers * kWarpgroup;  // Threads.
 template <int kChannels>
 constexpr int kThreads = kMultipliers<kChannels> + kWarpgroup;
-constexpr int kStreamedRuns = 2;  // Of a warpgroup.
+constexpr int kStreamedRuns = 2;               // Of a warpgroup.
+constexpr int kListers = kWarpgroupWarps - 1;  // Warps.
+constexpr int kMostConsumers = 3;
 
 struct Barriers {
   ClusterTransactionBarrier halo_full[kMostHaloStages];
   ClusterBarrier halo_empty[kMostHaloStages];
+  ClusterBarrier pixels_full[kMostHaloStages];
   ClusterTransactionBarrier weights_full[kMostParts];
   ClusterBarrier weights_empty[kMostParts];  // Where they are streamed.
+  ClusterBarrier turn[kMostConsumers];
 };
 
 // Position in a ring of buffers, and the parity of the barriers' phase there.
@@ -82,12 +86,14 @@ __device__ void init_barriers(Barriers& barriers, const HaloPlan& plan, int cons
   for (int i = 0; i < kMostHaloStages; ++i) {
     barriers.halo_full[i].init(1);
     barriers.halo_empty[i].init(readers);
+    barriers.pixels_full[i].init(kListers);
   }
   for (int i = 0; i < kMostParts; ++i) {
     const bool is_last = i + 1 == kMostParts && plan.parts > kMostParts;
     barriers.weights_full[i].init(is_last ? plan.parts - i : 1);
     barriers.weights_empty[i].init(readers);
   }
+  for (int i = 0; i < kMostConsumers; ++i) barriers.turn[i].init(kWarpgroupWarps);
   cutlass::arch::fence_barrier_init();
 }
 
@@ -179,6 +185,26 @@ class Loader {
   Ring halo_, weights_;
 };
 
+// The listing warps: where the output pixels of each tile belong.
+__device__ void list_pixels(const HaloConv& conv, Barriers& barriers, int warp) {
+  const HaloPlan& plan = conv.plan;
+  const int lane = threadIdx.x % kWarpSize;
+  Ring stage{plan.halo_stages};
+  for (int32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
+    const TilePosition at = tile_position(conv, tile);
+    if (lane == 0) barriers.halo_empty[stage.slot].wait(stage.parity ^ 1);
+    __syncwarp();
+    Pixel* list = listed_pixels(conv, stage.slot);
+    for (int32_t i = warp * kWarpSize + lane; i < plan.runs * kRunPixels;
+         i += kListers * kWarpSize) {
+      list[i] = locate_pixel(conv, at, i);
+    }
+    __syncwarp();
+    if (lane == 0) barriers.pixels_full[stage.slot].arrive();
+    stage.advance();
+  }
+}
+
 // What a multiplying warpgroup knows of itself.
 struct Consumer {
   int index, warp;
@@ -188,14 +214,6 @@ struct Consumer {
 
 template <int kChannels>
 using Accumulators = int32_t[(kChannels + kOnes) / 2];
-
-// What the warp is to make of run `run` of a tile, its sums aside.
-template <int kChannels>
-__device__ WarpRun<kChannels> locate(const HaloConv& conv, const Consumer& self, int32_t tile,
-                                     int32_t run) {
-  return locate_run<kChannels>(conv, self.lane, tile_position(conv, tile),
-                               run * kRunPixels + self.warp * kWarpPixels);
-}
 
 template <int kChannels, class Scale>
 __device__ void finish(const TileConv& args, const Consumer& self, WarpRun<kChannels> run,
@@ -225,7 +243,9 @@ __device__ void multiply_pair(int32_t (&acc)[kSize], const Operands& at, const H
   wgmma_and_popcount<kAccumulate>(acc, at.halo + pair.halo, at.weights + pair.weights);
 }
 
-// Resident weights: runs are numbered over all tiles of the block.
+// Resident weights: runs are numbered over all tiles of the block. Two warpgroups begin them in
+// turn: if they multiplied at the same time, they would also finish at the same time, and the
+// tensor cores would wait.
 template <int kChannels>
 __device__ void multiply_resident(const TileConv& args, Barriers& barriers, const Consumer& self) {
   const HaloConv& conv = args.conv;
@@ -233,8 +253,10 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
   const HaloPair* pairs = conv.tables.pairs;
   const LaneScale<kChannels, true> scale(self.lane);
   constexpr int kConsumers = Block<kChannels>::kConsumers;
+  constexpr bool kTakesTurns = kConsumers == 2;
   Ring stage{plan.halo_stages};
   bool has_weights = false;
+  uint32_t turn = self.index == 0 ? 1 : 0;  // The first turn is the first warpgroup's.
   int run = self.index;
   for (int32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     barriers.halo_full[stage.slot].wait(stage.parity);
@@ -247,6 +269,10 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
           conv.at.halo + stage.slot * plan.stage_bytes() + run * kRunPixels * kChunkBytes;
       const Operands at = operands_at(conv, halo, conv.at.weights);
       Accumulators<kChannels> acc;
+      if constexpr (kTakesTurns) {
+        barriers.turn[self.index].wait(turn);
+        turn ^= 1;
+      }
       if (!has_weights) barriers.weights_full[0].wait(0);
       wgmma_fence();
       multiply_pair<false>(acc, at, pairs[0]);
@@ -259,7 +285,12 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
 #pragma unroll 4
       for (; k < plan.pairs; ++k) multiply_pair<true>(acc, at, pairs[k]);
       wgmma_commit();
-      const auto located = locate<kChannels>(conv, self, tile, run);
+      if (kTakesTurns && self.is_leader) barriers.turn[(self.index + 1) % kConsumers].arrive();
+      barriers.pixels_full[stage.slot].wait(stage.parity);
+      const Pixel* pixels =
+          listed_pixels(conv, stage.slot) + run * kRunPixels + self.warp * kWarpPixels;
+      const auto located =
+          locate_run<kChannels>(conv, self.lane, [&](int32_t pixel) { return pixels[pixel]; });
       const GroupTable table = load_table(located, 0);
       wgmma_wait<0>();
       if (self.is_leader && run + kConsumers >= plan.runs) {
@@ -289,12 +320,22 @@ __device__ void multiply_stage(int32_t (&acc)[kStreamedRuns][kSize], Operands at
   wgmma_commit();
 }
 
+// The second warpgroup begins some stages behind the first and so multiplies while that finishes a
+// tile. The buffers must hold what is between them.
+__device__ int32_t stages_ahead(const HaloConv& conv) {
+  const int32_t halo = (conv.plan.halo_stages - 1) * ceil_div(conv.taps, kStreamTaps);
+  return min(conv.plan.parts / 2, halo);
+}
+
 template <int kChannels>
 __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, const Consumer& self) {
   const HaloConv& conv = args.conv;
   const HaloPlan& plan = conv.plan;
   const LaneScale<kChannels, false> scale(self.lane);
   const int32_t steps = stage_steps(conv), first_run = self.index * kStreamedRuns;
+  static_assert(Block<kChannels>::kConsumers == 2);
+  int32_t until_turn = stages_ahead(conv);
+  if (self.index == 1) barriers.turn[1].wait(0);
   Ring halo{plan.halo_stages}, weights{plan.parts};
   for (int32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     Accumulators<kChannels> acc[kStreamedRuns] = {};
@@ -322,6 +363,7 @@ __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, cons
           default:
             multiply_stage<4>(acc, at, pairs);
         }
+        if (self.index == 0 && self.is_leader && until_turn-- == 0) barriers.turn[1].arrive();
         // All but the multiplications just begun are over: what they read can be loaded anew.
         wgmma_wait<1>();
         if (self.is_leader && last_weights >= 0) barriers.weights_empty[last_weights].arrive();
@@ -332,6 +374,10 @@ __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, cons
       last_halo = halo.slot;
       halo.advance();
     }
+    if (self.index == 0 && self.is_leader && until_turn >= 0) {  // The tile was shorter.
+      until_turn = -1;
+      barriers.turn[1].arrive();
+    }
     wgmma_wait<0>();
     if (self.is_leader) {
       barriers.weights_empty[last_weights].arrive();
@@ -340,7 +386,10 @@ __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, cons
 #pragma unroll
     for (int r = 0; r < kStreamedRuns; ++r) {
       if (first_run + r >= plan.runs) break;
-      const auto located = locate<kChannels>(conv, self, tile, first_run + r);
+      const int32_t first = (first_run + r) * kRunPixels + self.warp * kWarpPixels;
+      const auto located = locate_run<kChannels>(conv, self.lane, [&](int32_t pixel) {
+        return locate_pixel(conv, tile_position(conv, tile), first + pixel);
+      });
       finish<kChannels>(args, self, located, scale, load_table(located, 0), acc[r]);
     }
   }
@@ -368,8 +417,13 @@ __global__ void __launch_bounds__(kThreads<kChannels>, 1)
   // The shuffle tells the compiler that the warp agrees.
   const int warpgroup = __shfl_sync(kWholeWarp, threadIdx.x / kWarpgroup, 0);
   if (warpgroup == kConsumers) {
-    cutlass::arch::warpgroup_reg_dealloc<Block<kChannels>::kLoaderRegisters>();
-    if (threadIdx.x == kMultipliers<kChannels>) Loader<kStreamed>(maps, conv, barriers).run();
+    cutlass::arch::warpgroup_reg_dealloc<Block<kChannels>::kFeederRegisters>();
+    const int warp = __shfl_sync(kWholeWarp, threadIdx.x % kWarpgroup / kWarpSize, 0);
+    if (warp > 0) {
+      if constexpr (!kStreamed) list_pixels(conv, barriers, warp - 1);
+    } else if (threadIdx.x % kWarpSize == 0) {
+      Loader<kStreamed>(maps, conv, barriers).run();
+    }
     return;
   }
   cutlass::arch::warpgroup_reg_alloc<Block<kChannels>::kConsumerRegisters>();
@@ -480,6 +534,7 @@ const HaloLimits kSm90Limits = {.multiprocessors = 132,  // Of an H100 or H200, 
                                 .streamed_runs = Block<128>::kConsumers * kStreamedRuns,
                                 .least_channels = 32,
                                 .ones = kOnes,
+                                .lists_pixels = true,
                                 .most_halo_stages = kMostHaloStages,
                                 .most_streamed_parts = kMostStreamedParts};
 

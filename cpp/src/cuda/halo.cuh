@@ -65,13 +65,6 @@ __device__ inline int32_t stage_steps(const HaloConv& conv) {
   return ceil_div(conv.chunks, conv.plan.stage_chunks);
 }
 
-// A pixel of a tile, as the epilogue needs it.
-struct Pixel {
-  int32_t table;  // Where its entries in T start.
-  int32_t image;
-  int32_t index;  // In the output, in pixels; negative if it is none.
-};
-
 inline HaloConv halo_conv(const Conv2dArgs& args, const HaloPlan& plan) {
   const Conv2dShape& shape = args.shape;
   const WeightShape& weight = shape.weight;
@@ -161,8 +154,13 @@ __device__ inline Pixel locate_pixel(const HaloConv& conv, const TilePosition& t
                         (n < conv.batch) & (p < conv.out_height) & (q < conv.out_width);
   const int32_t entry =
       plan.row_border.entry(p) * plan.column_border.entries + plan.column_border.entry(q);
-  return {is_valid ? entry * plan.block_channels : 0, n,
+  return {is_valid ? entry * plan.block_channels : 0,
           is_valid ? (n * conv.out_height + p) * conv.out_width + q : -1};
+}
+
+// Of a halo stage.
+__device__ inline Pixel* listed_pixels(const HaloConv& conv, int slot) {
+  return shared<Pixel>(conv.at.pixels) + slot * conv.plan.runs * kRunPixels;
 }
 
 // The following are work for `threads` threads, of which this one is number `thread`.

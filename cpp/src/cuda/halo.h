@@ -34,6 +34,7 @@ struct HaloLimits {
   int least_channels;  // Of a thread block: 32 or 64.
   int ones;            // Columns of ones behind the weights of a block, in which the bits of the
                        // pixels are counted. A multiple of 8.
+  bool lists_pixels;   // Where weights are resident, of each halo stage.
   int most_halo_stages, most_streamed_parts;  // Buffers; at least kLeastStages.
 };
 
@@ -77,7 +78,8 @@ struct HaloPlan {
   int32_t region_pixels;  // Of one chunk and phase, a multiple of 8; behind the halo some zeros.
   int32_t stage_chunks;   // Chunks of the input channels in shared memory at a time.
   int32_t halo_stages;
-  int32_t pairs;  // Of chunks, that the multiplications of a stage take.
+  bool lists_pixels;  // Each halo stage has a list of where the tile's output pixels belong.
+  int32_t pairs;      // Of chunks, that the multiplications of a stage take.
   // The block's weights lie in shared memory in parts: the stages of streamed weights, or all.
   int32_t parts;
   int32_t part_chunks, part_taps;  // Of one part.
@@ -126,9 +128,15 @@ HaloTables halo_tables(const Conv2dShape& shape, const HaloPlan& plan);
 
 constexpr int kStreamTaps = 4;
 
+// A pixel of a tile, as the epilogue needs it.
+struct Pixel {
+  int32_t table;  // Where its entries in T start.
+  int32_t index;  // In the output, in pixels; negative if it is none.
+};
+
 // Where everything is in shared memory, in bytes.
 struct HaloLayout {
-  int32_t halo, weights, table, terms, barriers, total;
+  int32_t halo, weights, table, terms, pixels, barriers, total;
 };
 
 // What the epilogue knows of each of the block's channels.

@@ -51,22 +51,26 @@ __device__ Place locate_group(const TileOutput& out, const Lane& lane, const War
   for (int row = 0; row < kLanePixels; ++row) {
     const Pixel& pixel = run.pixels[row];
     place.is_valid[row] = pixel.index >= 0;
-    const int64_t images = nhwc ? pixel.index : int64_t{pixel.image} * out.plane_pixels;
-    place.index[row] =
-        images * (out.channels - !nhwc) + (nhwc ? 0 : pixel.index) + channel * place.step;
+    // Channel 0 of the pixel, then the channel.
+    place.index[row] = pixel.index * (nhwc ? out.channels : 1) + channel * place.step;
+    if (!nhwc) {
+      const int32_t image = pixel.index / static_cast<int32_t>(out.plane_pixels);
+      place.index[row] += image * (out.channels - 1) * out.plane_pixels;
+    }
   }
   return place;
 }
 
-// visit(value, index) for all of a lane's values that exist, one by one.
+// visit(value, index) for all of a lane's values that exist, one by one. Both pixels of a channel
+// follow one another: where channels are planes, they are mostly in the same 32 bytes.
 template <class Visit>
 __device__ void for_each(const Place& place, Group& y, const Visit& visit) {
+  int64_t offset = 0;
 #pragma unroll
-  for (int row = 0; row < kLanePixels; ++row) {
-    int64_t index = place.index[row];
+  for (int k = 0; k < kLaneChannels; ++k, offset += place.step) {
 #pragma unroll
-    for (int k = 0; k < kLaneChannels; ++k, index += place.step) {
-      if (place.is_valid[row] && k < place.channels) visit(y[row][k], index);
+    for (int row = 0; row < kLanePixels; ++row) {
+      if (place.is_valid[row] && k < place.channels) visit(y[row][k], place.index[row] + offset);
     }
   }
 }
@@ -83,31 +87,62 @@ __device__ void for_each_piece(const Place& place, const Visit& visit) {
   }
 }
 
-__device__ inline void add_residual(const TileOutput& out, const Place& place, Group& y) {
-  if (!out.residual_in_pieces) {
-    return for_each(place, y, [&](float& value, int64_t index) {
-      value = add_residual(out.epilogue, index, value);
-    });
-  }
-  const auto add = [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    constexpr int kWidth = kVectorWidth<T>;
-    for_each_piece<kWidth>(place, [&](int row, int first, int64_t index) {
-      const auto piece = load_vector<kWidth>(static_cast<const T*>(out.epilogue.residual) + index);
+template <class T, int kGroupWidth>
+__device__ void add_piece(const Vector<T, kGroupWidth>& piece, float* y) {
 #pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        y[row][first + k] = __fadd_rn(y[row][first + k], to_float(piece.values[k]));
-      }
-    });
-  };
-  switch (out.epilogue.residual_type) {
-    case DataType::kFloat16:
-      return add(std::type_identity<__half>{});
-    case DataType::kBFloat16:
-      return add(std::type_identity<__nv_bfloat16>{});
-    default:
-      return add(std::type_identity<float>{});
+  for (int k = 0; k < kGroupWidth; ++k) y[k] = __fadd_rn(y[k], to_float(piece.values[k]));
+}
+
+// Of 16-bit values in pieces: a lane's residual of all groups, so that it is waited for once.
+template <int kGroups>
+struct ResidualPieces {
+  Vector<__half, kLaneChannels> pieces[kGroups][kLanePixels];  // Or the bits of __nv_bfloat16.
+};
+
+template <int kColumns>
+__device__ ResidualPieces<kColumns / kGroup> load_residual(const TileOutput& out, const Lane& lane,
+                                                           const WarpRun<kColumns>& run) {
+  ResidualPieces<kColumns / kGroup> residual = {};
+  const auto* data = static_cast<const __half*>(out.epilogue.residual) + lane.channel;
+#pragma unroll
+  for (int group = 0; group < kColumns / kGroup; ++group) {
+#pragma unroll
+    for (int row = 0; row < kLanePixels; ++row) {
+      const int64_t pixel = run.pixels[row].index;
+      if (pixel < 0 || lane.channel + group * kGroup >= out.channels) continue;
+      residual.pieces[group][row] =
+          load_vector<kLaneChannels>(data + pixel * out.channels + group * kGroup);
+    }
   }
+  return residual;
+}
+
+__device__ inline void add_pieces(DataType type,
+                                  const Vector<__half, kLaneChannels> (&pieces)[kLanePixels],
+                                  Group& y) {
+#pragma unroll
+  for (int row = 0; row < kLanePixels; ++row) {
+    if (type == DataType::kFloat16) {
+      add_piece(pieces[row], y[row]);
+    } else {
+      Vector<__nv_bfloat16, kLaneChannels> piece;
+      memcpy(&piece, &pieces[row], sizeof piece);
+      add_piece(piece, y[row]);
+    }
+  }
+}
+
+// Any other residual.
+__device__ inline void add_residual(const TileOutput& out, const Place& place, Group& y) {
+  if (out.residual_in_pieces && out.epilogue.residual_type == DataType::kFloat32) {
+    constexpr int kPiece = kVectorWidth<float>;
+    const auto* data = static_cast<const float*>(out.epilogue.residual);
+    return for_each_piece<kPiece>(place, [&](int row, int first, int64_t index) {
+      add_piece(load_vector<kPiece>(data + index), y[row] + first);
+    });
+  }
+  for_each(place, y,
+           [&](float& value, int64_t index) { value = add_residual(out.epilogue, index, value); });
 }
 
 __device__ inline void activate_group(const TileOutput& out, const Lane& lane, int group,
@@ -274,6 +309,10 @@ __device__ void store_any_run(const TileOutput& out, const Lane& lane, const War
   constexpr int kGroups = kColumns / kGroup;
   void* bits = out.epilogue.out_type == DataType::kBits ? out.data : out.epilogue.bits;
   uint32_t bytes[kLanePixels] = {};
+  const DataType residual_type = out.epilogue.residual_type;
+  const bool has_pieces = out.residual_in_pieces && residual_type != DataType::kFloat32;
+  ResidualPieces<kGroups> residual;
+  if (has_pieces) residual = load_residual(out, lane, run);
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     if (lane.first_channel + group * kGroup >= out.channels) break;
@@ -281,7 +320,11 @@ __device__ void store_any_run(const TileOutput& out, const Lane& lane, const War
     Group y;
     scale_group<kColumns, false>(out, run, group, scale.of(group), table, y);
     if (group + 1 < kGroups) table = load_table(run, group + 1);
-    if (out.epilogue.residual) add_residual(out, place, y);
+    if (has_pieces) {
+      add_pieces(residual_type, residual.pieces[group], y);
+    } else if (out.epilogue.residual) {
+      add_residual(out, place, y);
+    }
     if (out.epilogue.activation.enabled) activate_group(out, lane, group, y);
     if (bits) compare_group(lane, group, y, bytes);
     store_values(out, place, y);
@@ -289,14 +332,14 @@ __device__ void store_any_run(const TileOutput& out, const Lane& lane, const War
   if (bits) store_bits(out, lane, run, bits, bytes, 0);
 }
 
-// A run whose sums are still to come: of a warp's 16 pixels from number `flat` of a tile on.
-template <int kColumns>
+// A run whose sums are still to come. pixel: the one of a number among the warp's 16.
+template <int kColumns, class GetPixel>
 __device__ WarpRun<kColumns> locate_run(const HaloConv& conv, const Lane& lane,
-                                        const TilePosition& tile, int32_t flat) {
+                                        const GetPixel& pixel) {
   WarpRun<kColumns> run;
 #pragma unroll
   for (int row = 0; row < kLanePixels; ++row) {
-    run.pixels[row] = locate_pixel(conv, tile, flat + lane.row + row * kWarpPixels / kLanePixels);
+    run.pixels[row] = pixel(lane.row + row * kWarpPixels / kLanePixels);
     run.table[row] = shared<int32_t>(conv.at.table) + run.pixels[row].table + lane.column;
   }
   return run;
