@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,24 @@ def stub_names(path):
         elif isinstance(node, ast.Assign):
             names.update(dict.fromkeys((target.id for target in node.targets), None))
     return names
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm")
+def test_extension_exports_nothing_but_its_start():
+    command = ["nm", "--dynamic", "--defined-only", binconv._binconv.__file__]
+    symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert [line.split()[-1] for line in symbols.splitlines()] == ["PyInit__binconv"]
+
+
+def test_torch_can_be_imported_after_binconv():
+    code = """
+import binconv, torch
+try:
+    binconv.packed_bytes(0)
+except ValueError as error:
+    assert "got 0" in str(error), error
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_package_is_typed():
