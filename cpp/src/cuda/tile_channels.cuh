@@ -103,15 +103,14 @@ __device__ inline Lane make_lane(const TileConv& args, int32_t column, int32_t c
       can_compare = unordered_words(conv)[i] == 0;
     }
     if (can_compare) return Finish::kCompare;
-    if (!out.is_simple || lane.first_channel + columns > out.channels) return Finish::kAny;
-    switch (out.epilogue.out_type) {
-      case DataType::kFloat16:
-        return Finish::kFloat16;
-      case DataType::kBFloat16:
-        return Finish::kBFloat16;
-      default:
-        return Finish::kFloat32;
+    if (lane.first_channel + columns > out.channels) return Finish::kAny;
+    const bool is_float16 = out.epilogue.out_type == DataType::kFloat16;
+    const bool is_bfloat16 = out.epilogue.out_type == DataType::kBFloat16;
+    if (out.is_simple) {
+      return is_float16 ? Finish::kFloat16 : is_bfloat16 ? Finish::kBFloat16 : Finish::kFloat32;
     }
+    if (out.is_block) return is_float16 ? Finish::kFloat16Block : Finish::kBFloat16Block;
+    return Finish::kAny;
   };
   lane.finish = finish();
   return lane;

@@ -93,45 +93,6 @@ __device__ void add_piece(const Vector<T, kGroupWidth>& piece, float* y) {
   for (int k = 0; k < kGroupWidth; ++k) y[k] = __fadd_rn(y[k], to_float(piece.values[k]));
 }
 
-// Of 16-bit values in pieces: a lane's residual of all groups, so that it is waited for once.
-template <int kGroups>
-struct ResidualPieces {
-  Vector<__half, kLaneChannels> pieces[kGroups][kLanePixels];  // Or the bits of __nv_bfloat16.
-};
-
-template <int kColumns>
-__device__ ResidualPieces<kColumns / kGroup> load_residual(const TileOutput& out, const Lane& lane,
-                                                           const WarpRun<kColumns>& run) {
-  ResidualPieces<kColumns / kGroup> residual = {};
-  const auto* data = static_cast<const __half*>(out.epilogue.residual) + lane.channel;
-#pragma unroll
-  for (int group = 0; group < kColumns / kGroup; ++group) {
-#pragma unroll
-    for (int row = 0; row < kLanePixels; ++row) {
-      const int64_t pixel = run.pixels[row].index;
-      if (pixel < 0 || lane.channel + group * kGroup >= out.channels) continue;
-      residual.pieces[group][row] =
-          load_vector<kLaneChannels>(data + pixel * out.channels + group * kGroup);
-    }
-  }
-  return residual;
-}
-
-__device__ inline void add_pieces(DataType type,
-                                  const Vector<__half, kLaneChannels> (&pieces)[kLanePixels],
-                                  Group& y) {
-#pragma unroll
-  for (int row = 0; row < kLanePixels; ++row) {
-    if (type == DataType::kFloat16) {
-      add_piece(pieces[row], y[row]);
-    } else {
-      Vector<__nv_bfloat16, kLaneChannels> piece;
-      memcpy(&piece, &pieces[row], sizeof piece);
-      add_piece(piece, y[row]);
-    }
-  }
-}
-
 // Any other residual.
 __device__ inline void add_residual(const TileOutput& out, const Place& place, Group& y) {
   if (out.residual_in_pieces && out.epilogue.residual_type == DataType::kFloat32) {
@@ -303,16 +264,58 @@ __device__ void store_compared_run(const TileOutput& out, const Lane& lane,
   store_bits(out, lane, run, out.data, bytes, flipped);
 }
 
+// Where out.is_block and all channels exist: 16-bit values in pieces, with all that can lie between
+// scale and bias and them. The residual is loaded at once, so that it is waited for once.
+template <class T, int kColumns, class Scale>
+__device__ void store_block_run(const TileOutput& out, const Lane& lane,
+                                const WarpRun<kColumns>& run, const Scale& scale,
+                                GroupTable table) {
+  constexpr int kGroups = kColumns / kGroup;
+  using Piece = Vector<T, kLaneChannels>;
+  int64_t at[kLanePixels];
+  bool is_valid[kLanePixels];
+  Piece residual[kGroups][kLanePixels] = {};
+#pragma unroll
+  for (int row = 0; row < kLanePixels; ++row) {
+    const int64_t pixel = run.pixels[row].index;
+    is_valid[row] = pixel >= 0;
+    at[row] = (is_valid[row] ? pixel : 0) * out.channels + lane.channel;
+    if (!out.epilogue.residual) continue;
+    const T* from = static_cast<const T*>(out.epilogue.residual) + at[row];
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      residual[group][row] = load_vector<kLaneChannels>(from + group * kGroup);
+    }
+  }
+  uint32_t bytes[kLanePixels] = {};
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    Group y;
+    scale_group<kColumns, false>(out, run, group, scale.of(group), table, y);
+    if (group + 1 < kGroups) table = load_table(run, group + 1);
+    if (out.epilogue.residual) {
+#pragma unroll
+      for (int row = 0; row < kLanePixels; ++row) add_piece(residual[group][row], y[row]);
+    }
+    if (out.epilogue.activation.enabled) activate_group(out, lane, group, y);
+    if (out.epilogue.bits) compare_group(lane, group, y, bytes);
+#pragma unroll
+    for (int row = 0; row < kLanePixels; ++row) {
+      Piece piece;
+#pragma unroll
+      for (int k = 0; k < kLaneChannels; ++k) piece.values[k] = from_float<T>(y[row][k]);
+      store_vector_if(is_valid[row], static_cast<T*>(out.data) + at[row] + group * kGroup, piece);
+    }
+  }
+  if (out.epilogue.bits) store_bits(out, lane, run, out.epilogue.bits, bytes, 0);
+}
+
 template <int kColumns, class Scale>
 __device__ void store_any_run(const TileOutput& out, const Lane& lane, const WarpRun<kColumns>& run,
                               const Scale& scale, GroupTable table) {
   constexpr int kGroups = kColumns / kGroup;
   void* bits = out.epilogue.out_type == DataType::kBits ? out.data : out.epilogue.bits;
   uint32_t bytes[kLanePixels] = {};
-  const DataType residual_type = out.epilogue.residual_type;
-  const bool has_pieces = out.residual_in_pieces && residual_type != DataType::kFloat32;
-  ResidualPieces<kGroups> residual;
-  if (has_pieces) residual = load_residual(out, lane, run);
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     if (lane.first_channel + group * kGroup >= out.channels) break;
@@ -320,11 +323,7 @@ __device__ void store_any_run(const TileOutput& out, const Lane& lane, const War
     Group y;
     scale_group<kColumns, false>(out, run, group, scale.of(group), table, y);
     if (group + 1 < kGroups) table = load_table(run, group + 1);
-    if (has_pieces) {
-      add_pieces(residual_type, residual.pieces[group], y);
-    } else if (out.epilogue.residual) {
-      add_residual(out, place, y);
-    }
+    if (out.epilogue.residual) add_residual(out, place, y);
     if (out.epilogue.activation.enabled) activate_group(out, lane, group, y);
     if (bits) compare_group(lane, group, y, bytes);
     store_values(out, place, y);
@@ -357,6 +356,10 @@ __device__ void store_run(const TileConv& args, const Lane& lane, const WarpRun<
       return store_simple_run<__nv_bfloat16>(out, lane, run, scale, table);
     case Finish::kFloat32:
       return store_simple_run<float>(out, lane, run, scale, table);
+    case Finish::kFloat16Block:
+      return store_block_run<__half>(out, lane, run, scale, table);
+    case Finish::kBFloat16Block:
+      return store_block_run<__nv_bfloat16>(out, lane, run, scale, table);
     case Finish::kCompare: {
       const int word = (lane.column - lane.q * kLaneChannels) / kGroup + lane.q;
       return store_compared_run(out, lane, run, scale, table, flipped_words(conv)[word % 4]);

@@ -29,10 +29,12 @@ struct TileOutput {
   // Nothing happens between scale and bias and
   bool is_simple;  // floating-point values in pieces; no clamp, no bits.
   bool is_bits;    // bits, the only output.
+  // 16-bit values in pieces, and a residual like them if there is one.
+  bool is_block;
 };
 
 // How a block finishes, decided once.
-enum class Finish { kAny, kFloat16, kBFloat16, kFloat32, kCompare };
+enum class Finish { kAny, kFloat16, kBFloat16, kFloat32, kFloat16Block, kBFloat16Block, kCompare };
 
 // The parameter of a kernel.
 struct TileConv {
@@ -49,6 +51,8 @@ inline TileOutput tile_output(const Conv2dArgs& args) {
   };
   const bool has_values = epilogue.out_type != DataType::kBits;
   const bool has_pieces = has_values && in_pieces(args.output, element_bytes(epilogue.out_type));
+  const bool residual_in_pieces =
+      epilogue.residual && in_pieces(epilogue.residual, element_bytes(epilogue.residual_type));
   const bool is_plain = !epilogue.residual && !epilogue.activation.enabled;
   const bool is_float = has_values && epilogue.out_type != DataType::kInt32;
   return {.epilogue = epilogue,
@@ -60,7 +64,10 @@ inline TileOutput tile_output(const Conv2dArgs& args) {
           .residual_in_pieces = epilogue.residual &&
                                 in_pieces(epilogue.residual, element_bytes(epilogue.residual_type)),
           .is_simple = is_float && is_plain && has_pieces && !epilogue.clamp && !epilogue.bits,
-          .is_bits = !has_values && is_plain};
+          .is_bits = !has_values && is_plain,
+          .is_block = has_pieces && element_bytes(epilogue.out_type) == 2 &&
+                      (!epilogue.residual ||
+                       (residual_in_pieces && epilogue.residual_type == epilogue.out_type))};
 }
 
 inline TileConv tile_conv(const Conv2dArgs& args, const HaloPlan& plan) {
