@@ -22,29 +22,52 @@ say "commit: ${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
 say "GPU, driver: $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
 say "nvcc: $(nvcc --version | sed -n 's/.*release \([^,]*\),.*/\1/p')"
 
-cmake -S . -B $build -G Ninja -DCMAKE_BUILD_TYPE=Release -DBINCONV_CUDA=ON \
-  -DBINCONV_CUTLASS_DIR="$cutlass" ${CMAKE_CUDA_ARCHITECTURES:+-DCMAKE_CUDA_ARCHITECTURES="$CMAKE_CUDA_ARCHITECTURES"}
-cmake --build $build
-status=0  # A failing part does not stop the rest: one run tells everything.
-ctest --test-dir $build --output-on-failure | tee $build/ctest.log || status=1
-say "ctest: $(counts $build/ctest.log)"
-
+architectures=${CMAKE_CUDA_ARCHITECTURES:+CMAKE_CUDA_ARCHITECTURES=$CMAKE_CUDA_ARCHITECTURES}
 site=$PWD/$build/site
 rm -rf "$site"
+mkdir -p $build
+# shellcheck disable=SC2086  # Options, or none.
 $python -m pip install --quiet --no-index --no-deps --no-build-isolation --target "$site" . \
   -C cmake.define.BINCONV_CUDA=ON -C cmake.define.BINCONV_CUTLASS_DIR="$cutlass" \
-  ${CMAKE_CUDA_ARCHITECTURES:+-C cmake.define.CMAKE_CUDA_ARCHITECTURES="$CMAKE_CUDA_ARCHITECTURES"}
-PYTHONPATH="$site" $python -m pytest | tee $build/pytest.log || status=1
+  ${architectures:+-C cmake.define.$architectures} &
+wheel=$!
+# shellcheck disable=SC2086
+cmake -S . -B $build -G Ninja -DCMAKE_BUILD_TYPE=Release -DBINCONV_CUDA=ON \
+  -DBINCONV_CUTLASS_DIR="$cutlass" ${architectures:+-D$architectures}
+cmake --build $build
+wait $wheel
+
+# The sanitizers run beside the tests. The tests ask for a device that does not exist; memcheck would
+# call the refusal an error.
+programs=("binconv_tests --device=cuda" "binconv_fuzz 0 40 cuda")
+declare -A sanitizers
+for tool in memcheck racecheck initcheck synccheck; do
+  for i in 0 1; do
+    options=()
+    [ $tool = memcheck ] && options=(--report-api-errors no)
+    # shellcheck disable=SC2086  # A program and its arguments.
+    timeout "${SANITIZER_SECONDS:-1800}" compute-sanitizer --tool $tool "${options[@]}" \
+      --error-exitcode 1 $build/tests/cpp/${programs[$i]} >$build/$tool-$i.log 2>&1 &
+    sanitizers[$tool-$i]=$!
+  done
+done
+
+status=0  # A failing part does not stop the rest: one run tells everything.
+ctest --test-dir $build -j "$(nproc)" --output-on-failure >$build/ctest.log || status=1
+grep -A9999 "tests passed\|tests failed" $build/ctest.log
+say "ctest: $(counts $build/ctest.log)"
+
+workers=()
+$python -c "import xdist" 2>/dev/null && workers=(-n "${PYTEST_WORKERS:-8}" --seed=$RANDOM)
+PYTHONPATH="$site" $python -m pytest "${workers[@]}" >$build/pytest.log || status=1
+grep -E "^(FAILED|ERROR)" $build/pytest.log || true
 say "pytest: $(counts $build/pytest.log)"
 
-# The tests ask for a device that does not exist; memcheck would call the refusal an error.
-options_of() { if [ "$1" = memcheck ]; then echo --report-api-errors no; fi; }
 for tool in memcheck racecheck initcheck synccheck; do
-  for program in "binconv_tests --device=cuda" "binconv_fuzz 0 60 cuda"; do
-    # shellcheck disable=SC2046,SC2086  # options; a program and its arguments
-    compute-sanitizer --tool $tool $(options_of $tool) --error-exitcode 1 \
-      $build/tests/cpp/$program >$build/$tool.log 2>&1 || { status=1; tail -50 $build/$tool.log; }
-    say "compute-sanitizer $tool, $program: $(grep "ERROR SUMMARY\|RACECHECK SUMMARY" $build/$tool.log | tail -1)"
+  for i in 0 1; do
+    wait "${sanitizers[$tool-$i]}" || { status=1; tail -30 $build/$tool-$i.log; }
+    found=$(grep "ERROR SUMMARY\|RACECHECK SUMMARY" $build/$tool-$i.log | tail -1)
+    say "compute-sanitizer $tool, ${programs[$i]}: ${found:-did not end}"
   done
 done
 exit $status
