@@ -117,9 +117,11 @@ void check_weight(const WeightShape& shape) {
   require(bits <= kMaxBits,
           "weight: got kernel_height * kernel_width * in_channels / groups = ", bits,
           ", expected at most 2^30 - 1, the reach of an int32 result");
-  // Prepared weights hold at most 8 bytes a bit: a 32-byte word of one channel's tap, and its
-  // popcount.
-  checked_product("weight", "prepared bytes", {shape.out_channels + 64, bits + 256, int64_t{8}});
+  // A tap of one of up to out_channels + 127 channels takes whole chunks, and a count or two.
+  const int64_t chunks = (group_channels + 127) / 128;
+  checked_product("weight", "prepared bytes",
+                  {shape.out_channels + 128, shape.kernel_height * shape.kernel_width + 1, chunks,
+                   int64_t{64}});
 }
 
 void check_conv2d(const Conv2dShape& shape) {

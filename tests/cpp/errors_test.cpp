@@ -350,6 +350,11 @@ TEST(ErrorsConv2d, OverflowingProductsAreRejected) {
     check_shape_error(queue, shape, {"64 bits", text(kMax)});
     shape = shape_3x3(int64_t{1} << 40, 16, 4, 4, kMax);
     check_shape_error(queue, shape, {"64 bits"});
+    // Few bits in many taps of many channels: each takes whole chunks.
+    check_weight_error(
+        queue,
+        {.out_channels = 1 << 30, .in_channels = 1, .kernel_height = 1 << 29, .kernel_width = 1},
+        {"prepared bytes", "64 bits"});
   }
 }
 

@@ -28,8 +28,7 @@ constexpr int kColumnBlocks = kUnitChannels / 8;
 constexpr int kStreamedChannels = 128;
 constexpr int kStreamedRuns = kWarps / kRunUnits / (kStreamedChannels / kUnitChannels);
 
-// Of a unit, as tile_epilogue.cuh wants 16 pixels of them, and 8 columns of
-// ones.
+// Of a unit, as tile_epilogue.cuh wants 16 pixels of it, and 8 columns of ones.
 constexpr int kSums = 4 * (kColumnBlocks + 1);
 using Accumulators = int32_t[kRowBlocks][kSums];
 

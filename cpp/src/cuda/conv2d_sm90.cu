@@ -58,7 +58,6 @@ template <int kChannels>
 constexpr int kThreads = kMultipliers<kChannels> + kWarpgroup;
 constexpr int kStreamedRuns = 2;               // Of a warpgroup.
 constexpr int kListers = kWarpgroupWarps - 1;  // Warps.
-constexpr int kMostConsumers = 3;
 
 struct Barriers {
   ClusterTransactionBarrier halo_full[kMostHaloStages];
@@ -66,8 +65,10 @@ struct Barriers {
   ClusterBarrier pixels_full[kMostHaloStages];
   ClusterTransactionBarrier weights_full[kMostParts];
   ClusterBarrier weights_empty[kMostParts];  // Where they are streamed.
-  ClusterBarrier turn[kMostConsumers];
+  ClusterBarrier turn[2];                    // Of two warpgroups.
 };
+
+static_assert(sizeof(Barriers) <= kBarrierBytes);
 
 // Position in a ring of buffers, and the parity of the barriers' phase there.
 struct Ring {
@@ -93,7 +94,7 @@ __device__ void init_barriers(Barriers& barriers, const HaloPlan& plan, int cons
     barriers.weights_full[i].init(is_last ? plan.parts - i : 1);
     barriers.weights_empty[i].init(readers);
   }
-  for (int i = 0; i < kMostConsumers; ++i) barriers.turn[i].init(kWarpgroupWarps);
+  for (ClusterBarrier& turn : barriers.turn) turn.init(kWarpgroupWarps);
   cutlass::arch::fence_barrier_init();
 }
 
@@ -293,6 +294,7 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
           locate_run<kChannels>(conv, self.lane, [&](int32_t pixel) { return pixels[pixel]; });
       const GroupTable table = load_table(located, 0);
       wgmma_wait<0>();
+      __syncwarp();  // All lanes have read their pixels.
       if (self.is_leader && run + kConsumers >= plan.runs) {
         barriers.halo_empty[stage.slot].arrive();
       }
@@ -363,7 +365,9 @@ __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, cons
           default:
             multiply_stage<4>(acc, at, pairs);
         }
-        if (self.index == 0 && self.is_leader && until_turn-- == 0) barriers.turn[1].arrive();
+        if (self.index == 0 && self.is_leader && until_turn >= 0 && until_turn-- == 0) {
+          barriers.turn[1].arrive();
+        }
         // All but the multiplications just begun are over: what they read can be loaded anew.
         wgmma_wait<1>();
         if (self.is_leader && last_weights >= 0) barriers.weights_empty[last_weights].arrive();
@@ -455,6 +459,9 @@ decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
   check_cuda(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000,
                                               cudaEnableDefault, &found),
              "binary_conv2d");
+  if (found != cudaDriverEntryPointSuccess) {
+    fail(Status::kCudaError, "binary_conv2d: the driver has no cuTensorMapEncodeTiled");
+  }
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
 

@@ -1,7 +1,6 @@
 #include "cuda/halo.h"
 
 #include <algorithm>
-#include <array>
 #include <limits>
 #include <optional>
 
@@ -252,10 +251,13 @@ struct Best {
 void search(const Planner& planner, const HaloLimits& limits, int64_t batch, Best& best) {
   constexpr int64_t kLongRow = 64, kManyPixels = 1024;
   const int64_t out_height = planner.rows().out, out_width = planner.columns().out;
+  int64_t tried_columns = out_width + 1;
   for (int64_t columns : {out_width, ceil_div(out_width, 2), ceil_div(out_width, 4), int64_t{32}}) {
     if (columns < out_width && out_width <= kLongRow) break;
+    if (columns >= tried_columns) continue;
+    tried_columns = columns;
     const int64_t pitch = pitch_of(planner.columns(), columns);
-    for (int64_t images : {1, 2, 3, 4, 8}) {
+    for (int64_t images : {1, 2, 3, 4, 8, 16, 32, 64}) {
       if (images > 1 && (images > batch || columns < out_width)) break;
       int64_t tried_rows = 0;
       for (int64_t parts = 1; parts <= out_height; parts += parts < 4 ? 1 : parts / 2) {
@@ -376,10 +378,10 @@ HaloLayout halo_layout(const HaloPlan& plan) {
   at.weights = take(int64_t{plan.parts} * plan.part_bytes());
   at.table =
       take(int64_t{plan.row_border.entries} * plan.column_border.entries * plan.block_channels * 4);
-  at.terms = take(int64_t{kChannelTerms} * kMostChannels * 4 + 64);
+  at.terms = take(int64_t{kChannelTerms} * kMostChannels * 4 + kFlagBytes);
   const int64_t lists = plan.lists_pixels ? plan.halo_stages : 0;
   at.pixels = take(lists * plan.runs * kRunPixels * static_cast<int64_t>(sizeof(Pixel)));
-  at.barriers = take(256);
+  at.barriers = take(kBarrierBytes);
   at.total = static_cast<int32_t>(std::min<int64_t>(offset, std::numeric_limits<int32_t>::max()));
   return at;
 }

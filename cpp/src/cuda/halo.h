@@ -134,6 +134,9 @@ struct Pixel {
   int32_t index;  // In the output, in pixels; negative if it is none.
 };
 
+constexpr int kBarrierBytes = 256;
+constexpr int kFlagBytes = 64;  // Words of bits for the block's channels.
+
 // Where everything is in shared memory, in bytes.
 struct HaloLayout {
   int32_t halo, weights, table, terms, pixels, barriers, total;

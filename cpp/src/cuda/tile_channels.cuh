@@ -109,7 +109,7 @@ __device__ inline Lane make_lane(const TileConv& args, int32_t column, int32_t c
     if (out.is_simple) {
       return is_float16 ? Finish::kFloat16 : is_bfloat16 ? Finish::kBFloat16 : Finish::kFloat32;
     }
-    if (out.is_block) return is_float16 ? Finish::kFloat16Block : Finish::kBFloat16Block;
+    if (out.is_half_pieces) return is_float16 ? Finish::kFloat16Pieces : Finish::kBFloat16Pieces;
     return Finish::kAny;
   };
   lane.finish = finish();

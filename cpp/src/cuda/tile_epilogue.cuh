@@ -22,7 +22,7 @@ __device__ void scale_group(const TileOutput& out, const WarpRun<kColumns>& run,
     const float window = -2.0f * run.window_bits[row] - kMagic;
 #pragma unroll
     for (int k = 0; k < kLaneChannels; ++k) {
-      const int i = k / kWidth, j = k % kWidth;
+      const int i = k / kQuad, j = k % kQuad;
       const int32_t sum = 4 * accumulator(run, group, row, k) + table.rows[row][i].values[j];
       float a = __int_as_float(sum) + window;
       if (is_clamped) a = fmaxf(a, 0.0f);
@@ -87,23 +87,43 @@ __device__ void for_each_piece(const Place& place, const Visit& visit) {
   }
 }
 
-template <class T, int kGroupWidth>
-__device__ void add_piece(const Vector<T, kGroupWidth>& piece, float* y) {
+template <class T, int kCount>
+__device__ void add_piece(const Vector<T, kCount>& piece, float* y) {
 #pragma unroll
-  for (int k = 0; k < kGroupWidth; ++k) y[k] = __fadd_rn(y[k], to_float(piece.values[k]));
+  for (int k = 0; k < kCount; ++k) y[k] = __fadd_rn(y[k], to_float(piece.values[k]));
 }
 
-// Any other residual.
+template <class T>
+__device__ Vector<T, kVectorWidth<T>> make_piece(const float* y) {
+  Vector<T, kVectorWidth<T>> piece;
+#pragma unroll
+  for (int k = 0; k < kVectorWidth<T>; ++k) piece.values[k] = from_float<T>(y[k]);
+  return piece;
+}
+
+template <class T>
+__device__ void add_residual_pieces(const TileOutput& out, const Place& place, Group& y) {
+  constexpr int kCount = kVectorWidth<T>;
+  const T* data = static_cast<const T*>(out.epilogue.residual);
+  for_each_piece<kCount>(place, [&](int row, int first, int64_t index) {
+    add_piece(load_vector<kCount>(data + index), y[row] + first);
+  });
+}
+
 __device__ inline void add_residual(const TileOutput& out, const Place& place, Group& y) {
-  if (out.residual_in_pieces && out.epilogue.residual_type == DataType::kFloat32) {
-    constexpr int kPiece = kVectorWidth<float>;
-    const auto* data = static_cast<const float*>(out.epilogue.residual);
-    return for_each_piece<kPiece>(place, [&](int row, int first, int64_t index) {
-      add_piece(load_vector<kPiece>(data + index), y[row] + first);
+  if (!out.residual_in_pieces) {
+    return for_each(place, y, [&](float& value, int64_t index) {
+      value = add_residual(out.epilogue, index, value);
     });
   }
-  for_each(place, y,
-           [&](float& value, int64_t index) { value = add_residual(out.epilogue, index, value); });
+  switch (out.epilogue.residual_type) {
+    case DataType::kFloat16:
+      return add_residual_pieces<__half>(out, place, y);
+    case DataType::kBFloat16:
+      return add_residual_pieces<__nv_bfloat16>(out, place, y);
+    default:
+      return add_residual_pieces<float>(out, place, y);
+  }
 }
 
 __device__ inline void activate_group(const TileOutput& out, const Lane& lane, int group,
@@ -115,7 +135,7 @@ __device__ inline void activate_group(const TileOutput& out, const Lane& lane, i
   load_lane(lane.terms + kOutShift * kMostChannels + group * kGroup, shift);
 #pragma unroll
   for (int k = 0; k < kLaneChannels; ++k) {
-    const int i = k / kWidth, j = k % kWidth;
+    const int i = k / kQuad, j = k % kQuad;
     const ActivationTerms terms = {in[i].values[j], slope[i].values[j], shift[i].values[j],
                                    is_relu};
 #pragma unroll
@@ -134,7 +154,7 @@ __device__ inline void compare_group(const Lane& lane, int group, const Group& y
   for (int row = 0; row < kLanePixels; ++row) {
 #pragma unroll
     for (int k = 0; k < kLaneChannels; ++k) {
-      const int i = k / kWidth, j = k % kWidth;
+      const int i = k / kQuad, j = k % kQuad;
       const bool hit = passes(y[row][k], limit[i].values[j], sign[i].values[j]);
       hits[row] = __fmaf_rn(hit ? 1.0f : 0.0f, 1 << k, hits[row]);
     }
@@ -172,12 +192,8 @@ __device__ void store_bits(const TileOutput& out, const Lane& lane, const WarpRu
 
 template <class T>
 __device__ void store_pieces(T* data, const Place& place, const Group& y) {
-  constexpr int kWidth = kVectorWidth<T>;
-  for_each_piece<kWidth>(place, [&](int row, int first, int64_t index) {
-    Vector<T, kWidth> piece;
-#pragma unroll
-    for (int k = 0; k < kWidth; ++k) piece.values[k] = from_float<T>(y[row][first + k]);
-    store_vector(data + index, piece);
+  for_each_piece<kVectorWidth<T>>(place, [&](int row, int first, int64_t index) {
+    store_vector(data + index, make_piece<T>(y[row] + first));
   });
 }
 
@@ -227,10 +243,8 @@ __device__ void store_simple_run(const TileOutput& out, const Lane& lane,
     for (int row = 0; row < kLanePixels; ++row) {
 #pragma unroll
       for (int first = 0; first < kLaneChannels; first += kPiece) {
-        Vector<T, kPiece> piece;
-#pragma unroll
-        for (int k = 0; k < kPiece; ++k) piece.values[k] = from_float<T>(y[row][first + k]);
-        store_vector_if(is_valid[row], data[row] + group * kGroup + first, piece);
+        store_vector_if(is_valid[row], data[row] + group * kGroup + first,
+                        make_piece<T>(y[row] + first));
       }
     }
   }
@@ -252,7 +266,7 @@ __device__ void store_compared_run(const TileOutput& out, const Lane& lane,
       uint32_t misses = 0;  // The last channel first: the signs of acc - limit.
 #pragma unroll
       for (int k = kLaneChannels - 1; k >= 0; --k) {
-        const int i = k / kWidth, j = k % kWidth;
+        const int i = k / kQuad, j = k % kQuad;
         const int32_t sum = 4 * accumulator(run, group, row, k) + table.rows[row][i].values[j];
         const int32_t above = sum + window + __float_as_int(limit.scale[i].values[j]);
         misses = __funnelshift_l(above, misses, 1);
@@ -264,12 +278,12 @@ __device__ void store_compared_run(const TileOutput& out, const Lane& lane,
   store_bits(out, lane, run, out.data, bytes, flipped);
 }
 
-// Where out.is_block and all channels exist: 16-bit values in pieces, with all that can lie between
-// scale and bias and them. The residual is loaded at once, so that it is waited for once.
+// Where out.is_half_pieces and all channels exist: 16-bit values in pieces, with all that can lie
+// between scale and bias and them. The residual is loaded at once, so that it is waited for once.
 template <class T, int kColumns, class Scale>
-__device__ void store_block_run(const TileOutput& out, const Lane& lane,
-                                const WarpRun<kColumns>& run, const Scale& scale,
-                                GroupTable table) {
+__device__ void store_pieces_run(const TileOutput& out, const Lane& lane,
+                                 const WarpRun<kColumns>& run, const Scale& scale,
+                                 GroupTable table) {
   constexpr int kGroups = kColumns / kGroup;
   using Piece = Vector<T, kLaneChannels>;
   int64_t at[kLanePixels];
@@ -301,10 +315,8 @@ __device__ void store_block_run(const TileOutput& out, const Lane& lane,
     if (out.epilogue.bits) compare_group(lane, group, y, bytes);
 #pragma unroll
     for (int row = 0; row < kLanePixels; ++row) {
-      Piece piece;
-#pragma unroll
-      for (int k = 0; k < kLaneChannels; ++k) piece.values[k] = from_float<T>(y[row][k]);
-      store_vector_if(is_valid[row], static_cast<T*>(out.data) + at[row] + group * kGroup, piece);
+      store_vector_if(is_valid[row], static_cast<T*>(out.data) + at[row] + group * kGroup,
+                      make_piece<T>(y[row]));
     }
   }
   if (out.epilogue.bits) store_bits(out, lane, run, out.epilogue.bits, bytes, 0);
@@ -356,10 +368,10 @@ __device__ void store_run(const TileConv& args, const Lane& lane, const WarpRun<
       return store_simple_run<__nv_bfloat16>(out, lane, run, scale, table);
     case Finish::kFloat32:
       return store_simple_run<float>(out, lane, run, scale, table);
-    case Finish::kFloat16Block:
-      return store_block_run<__half>(out, lane, run, scale, table);
-    case Finish::kBFloat16Block:
-      return store_block_run<__nv_bfloat16>(out, lane, run, scale, table);
+    case Finish::kFloat16Pieces:
+      return store_pieces_run<__half>(out, lane, run, scale, table);
+    case Finish::kBFloat16Pieces:
+      return store_pieces_run<__nv_bfloat16>(out, lane, run, scale, table);
     case Finish::kCompare: {
       const int word = (lane.column - lane.q * kLaneChannels) / kGroup + lane.q;
       return store_compared_run(out, lane, run, scale, table, flipped_words(conv)[word % 4]);

@@ -26,15 +26,25 @@ struct TileOutput {
   int32_t packed_words;     // Of a pixel of bits.
   bool has_pieces;          // A lane's values are in 16-byte pieces, also in memory.
   bool residual_in_pieces;  // The same of the residual.
-  // Nothing happens between scale and bias and
-  bool is_simple;  // floating-point values in pieces; no clamp, no bits.
-  bool is_bits;    // bits, the only output.
+  // Floating-point values in pieces, straight from scale and bias: no clamp, residual, activation
+  // or bits.
+  bool is_simple;
+  // Bits and no values, by comparing scale * acc + bias.
+  bool is_bits;
   // 16-bit values in pieces, and a residual like them if there is one.
-  bool is_block;
+  bool is_half_pieces;
 };
 
 // How a block finishes, decided once.
-enum class Finish { kAny, kFloat16, kBFloat16, kFloat32, kFloat16Block, kBFloat16Block, kCompare };
+enum class Finish {
+  kAny,
+  kFloat16,
+  kBFloat16,
+  kFloat32,
+  kFloat16Pieces,
+  kBFloat16Pieces,
+  kCompare
+};
 
 // The parameter of a kernel.
 struct TileConv {
@@ -61,13 +71,12 @@ inline TileOutput tile_output(const Conv2dArgs& args) {
           .channels = channels,
           .packed_words = static_cast<int32_t>(packed_bytes(channels) / sizeof(uint32_t)),
           .has_pieces = has_pieces,
-          .residual_in_pieces = epilogue.residual &&
-                                in_pieces(epilogue.residual, element_bytes(epilogue.residual_type)),
+          .residual_in_pieces = residual_in_pieces,
           .is_simple = is_float && is_plain && has_pieces && !epilogue.clamp && !epilogue.bits,
           .is_bits = !has_values && is_plain,
-          .is_block = has_pieces && element_bytes(epilogue.out_type) == 2 &&
-                      (!epilogue.residual ||
-                       (residual_in_pieces && epilogue.residual_type == epilogue.out_type))};
+          .is_half_pieces = has_pieces && element_bytes(epilogue.out_type) == 2 &&
+                            (!epilogue.residual ||
+                             (residual_in_pieces && epilogue.residual_type == epilogue.out_type))};
 }
 
 inline TileConv tile_conv(const Conv2dArgs& args, const HaloPlan& plan) {
@@ -77,15 +86,15 @@ inline TileConv tile_conv(const Conv2dArgs& args, const HaloPlan& plan) {
 // What one lane has of a group.
 using Group = float[kLanePixels][kLaneChannels];
 
-constexpr int kWidth = 4;  // Numbers that come at a time from shared memory.
-constexpr int kQuads = kLaneChannels / kWidth;
+constexpr int kQuad = 4;  // Numbers that come at a time from shared memory.
+constexpr int kQuads = kLaneChannels / kQuad;
 template <class T>
-using LaneVector = Vector<T, kWidth>[kQuads];  // Of the lane's channels of a group.
+using LaneVector = Vector<T, kQuad>[kQuads];  // Of the lane's channels of a group.
 
 template <class T>
 __device__ void load_lane(const T* from, LaneVector<T>& to) {
 #pragma unroll
-  for (int i = 0; i < kQuads; ++i) to[i] = load_vector<kWidth>(from + i * kWidth);
+  for (int i = 0; i < kQuads; ++i) to[i] = load_vector<kQuad>(from + i * kQuad);
 }
 
 // A lane's place among those of a warp, and the channels of all runs that it finishes.
