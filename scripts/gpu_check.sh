@@ -12,6 +12,9 @@ cutlass=$(realpath "${1:?usage: scripts/gpu_check.sh <CUTLASS tree> [report]}")
 report=${2:-/dev/null}
 build=build/gpu
 python=${PYTHON:-python3}
+# Whatever ends this also ends what it started.
+trap 'pkill -P $$ || true' EXIT
+trap 'exit 1' TERM INT
 
 : >"$report"
 say() { echo "$@" | tee -a "$report"; }
