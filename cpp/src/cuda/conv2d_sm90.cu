@@ -19,11 +19,12 @@
 #include "cuda/wgmma_b1.cuh"
 
 // Hopper: b1 wgmma from the halo tiles of halo.h. A thread block has one block of output channels
-// and walks over tiles. One thread loads halos and weights; the warpgroups multiply and finish,
-// each a run of 64 pixels, and so that there are always some that multiply while others finish.
+// and walks over tiles. One warpgroup feeds the others, which multiply and finish runs of 64
+// pixels; some multiply while others finish.
 //
-// Resident weights: the warpgroups take the runs of all tiles in turn. Streamed weights: a tile has
-// a run for each of them, so that each piece of the weights is loaded once for the whole tile.
+// Resident weights: the warpgroups take the runs of all tiles one after the other. Streamed
+// weights: a tile has two runs for each of them, so that each piece of the weights is loaded once
+// for all.
 
 namespace binconv::cuda {
 namespace {

@@ -110,7 +110,7 @@ struct Lane {
 // What a lane needs of its channels at all times: what they scale their sums with or, where only
 // bits are asked for, what limits they compare them with.
 struct GroupScale {
-  LaneVector<float> scale, bias;
+  LaneVector<float> scale, bias;  // Limits are the bits of integers, in `scale`.
 };
 
 // Shared memory feeds the tensor cores too and is slow while they work: where registers are to
