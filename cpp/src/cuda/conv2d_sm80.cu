@@ -95,23 +95,42 @@ __device__ void stream_weights(const HaloConv& conv, int32_t step, int32_t first
   }
 }
 
+// A warp's share of a tile.
+struct Unit {
+  int32_t pixel, column;      // The first ones.
+  uint32_t rows[kRowBlocks];  // Of the pixels that the lane loads.
+};
+
+__device__ Unit unit_at(const HaloPlan& plan, int32_t index) {
+  const int32_t columns = plan.block_channels / kUnitChannels;
+  Unit unit = {index / columns * kUnitPixels, index % columns * kUnitChannels};
+  // The last run can have more pixels than the tile; what lies behind those may just be loading.
+  const int32_t last = plan.tile_rows * plan.tile_images * plan.pitch - 1;
+#pragma unroll
+  for (int i = 0; i < kRowBlocks; ++i) {
+    const int32_t row = threadIdx.x % kWarpPixels;
+    unit.rows[i] = min(unit.pixel + i * kWarpPixels + row, last);
+  }
+  return unit;
+}
+
 // Four 8x16-byte matrices; lane l gives row l % 8 of matrix l / 8, as a unit of 16 bytes.
 __device__ void load_matrices(uint32_t unit, uint32_t (&matrices)[4]) {
   const auto* row = reinterpret_cast<const cute::uint128_t*>(shared_memory) + unit;
   cute::SM75_U32x4_LDSM_N::copy(*row, matrices[0], matrices[1], matrices[2], matrices[3]);
 }
 
-// halo, weights: where the warp's pixels and channels start, in units of 16 bytes.
-__device__ void multiply_pair(Accumulators& acc, const HaloConv& conv, uint32_t halo,
-                              uint32_t weights, const HaloPair& pair) {
+// halo: the stage, weights: where the warp's channels start, in units of 16 bytes.
+__device__ void multiply_pair(Accumulators& acc, const HaloConv& conv, const Unit& unit,
+                              uint32_t halo, uint32_t weights, const HaloPair& pair) {
   const uint32_t lane = threadIdx.x % kWarpSize;
   const uint32_t group_rows = conv.plan.part_atoms() * kCoreRows;
-  halo += (pair.halo & 0xffff) + lane % 16 + lane / 16 * (pair.halo >> 16);
+  halo += (pair.halo & 0xffff) + lane / 16 * (pair.halo >> 16);
   weights += (pair.weights & 0xffff) + lane / 16 * group_rows + lane % 8 +
              lane / 8 % 2 * (pair.weights >> 16);
   uint32_t a[kRowBlocks][4];
 #pragma unroll
-  for (int i = 0; i < kRowBlocks; ++i) load_matrices(halo + i * kWarpPixels, a[i]);
+  for (int i = 0; i < kRowBlocks; ++i) load_matrices(halo + unit.rows[i], a[i]);
   const auto multiply = [](int32_t* d, const uint32_t (&x)[4], uint32_t low, uint32_t high) {
     uint32_t sums[4];
     Multiply::fma(sums[0], sums[1], sums[2], sums[3], x[0], x[1], x[2], x[3], low, high, d[0], d[1],
@@ -140,19 +159,9 @@ __device__ void multiply_pair(Accumulators& acc, const HaloConv& conv, uint32_t 
   }
 }
 
-// A warp's share of a tile.
-struct Unit {
-  int32_t pixel, column;  // The first ones.
-};
-
-__device__ Unit unit_at(const HaloPlan& plan, int32_t index) {
-  const int32_t columns = plan.block_channels / kUnitChannels;
-  return {index / columns * kUnitPixels, index % columns * kUnitChannels};
-}
-
 __device__ void finish(const TileConv& args, const Unit& unit, const Accumulators& acc,
                        const TilePosition& tile) {
-  const Lane lane = make_lane(args, unit.column, kUnitChannels);
+  const Lane lane = make_lane(args, unit.column);
   const LaneScale<kUnitChannels, false> scale(lane);
 #pragma unroll
   for (int i = 0; i < kRowBlocks; ++i) {
@@ -164,7 +173,8 @@ __device__ void finish(const TileConv& args, const Unit& unit, const Accumulator
     for (int row = 0; row < kLanePixels; ++row) {
       run.window_bits[row] = acc[i][4 * kColumnBlocks + 2 * row];
     }
-    store_run(args, lane, run, scale, load_table(run, 0));
+    RunTable<kUnitChannels, 1> table(run);
+    store_run(args, lane, run, scale, table);
   }
 }
 
@@ -193,7 +203,7 @@ __device__ void multiply_resident(const TileConv& args) {
       const uint32_t halo = (conv.at.halo + slot * plan.stage_bytes()) / kChunkBytes;
       Accumulators acc = {};
       for (int32_t k = 0; k < plan.pairs; ++k) {
-        multiply_pair(acc, conv, halo + unit.pixel, weights_at(conv, unit), conv.tables.pairs[k]);
+        multiply_pair(acc, conv, unit, halo, weights_at(conv, unit), conv.tables.pairs[k]);
       }
       finish(args, unit, acc, tile_position(conv, tile));
     }
@@ -239,7 +249,7 @@ __device__ void multiply_streamed(const TileConv& args) {
       const int32_t pairs =
           unit.pixel < plan.runs * kRunPixels ? min(conv.taps - first, kStreamTaps) : 0;
       for (int32_t k = 0; k < pairs; ++k) {
-        multiply_pair(acc, conv, halo + unit.pixel, weights, conv.tables.pairs[first + k]);
+        multiply_pair(acc, conv, unit, halo, weights, conv.tables.pairs[first + k]);
       }
       __syncthreads();
     }

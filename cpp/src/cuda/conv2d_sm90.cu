@@ -7,6 +7,7 @@
 #include <cutlass/arch/barrier.h>
 #include <cutlass/arch/reg_reconfig.h>
 
+#include <cute/arch/cluster_sm90.hpp>
 #include <cute/arch/copy_sm90_desc.hpp>
 #include <cute/arch/copy_sm90_tma.hpp>
 
@@ -31,6 +32,7 @@ namespace {
 
 using cutlass::arch::ClusterBarrier;
 using cutlass::arch::ClusterTransactionBarrier;
+using cutlass::arch::NamedBarrier;
 
 constexpr int kWarpgroup = 128;
 constexpr int kWarpgroupWarps = kWarpgroup / kWarpSize;
@@ -59,6 +61,8 @@ template <int kChannels>
 constexpr int kThreads = kMultipliers<kChannels> + kWarpgroup;
 constexpr int kStreamedRuns = 2;               // Of a warpgroup.
 constexpr int kListers = kWarpgroupWarps - 1;  // Warps.
+constexpr int kTablesAhead = 1;
+constexpr int kMultipliersBarrier = 1;  // A named one.
 
 struct Barriers {
   ClusterTransactionBarrier halo_full[kMostHaloStages];
@@ -88,7 +92,7 @@ __device__ void init_barriers(Barriers& barriers, const HaloPlan& plan, int cons
   for (int i = 0; i < kMostHaloStages; ++i) {
     barriers.halo_full[i].init(1);
     barriers.halo_empty[i].init(readers);
-    barriers.pixels_full[i].init(kListers);
+    barriers.pixels_full[i].init(kListers * kWarpSize);
   }
   for (int i = 0; i < kMostParts; ++i) {
     const bool is_last = i + 1 == kMostParts && plan.parts > kMostParts;
@@ -194,15 +198,13 @@ __device__ void list_pixels(const HaloConv& conv, Barriers& barriers, int warp) 
   Ring stage{plan.halo_stages};
   for (int32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     const TilePosition at = tile_position(conv, tile);
-    if (lane == 0) barriers.halo_empty[stage.slot].wait(stage.parity ^ 1);
-    __syncwarp();
+    barriers.halo_empty[stage.slot].wait(stage.parity ^ 1);
     Pixel* list = listed_pixels(conv, stage.slot);
     for (int32_t i = warp * kWarpSize + lane; i < plan.runs * kRunPixels;
          i += kListers * kWarpSize) {
       list[i] = locate_pixel(conv, at, i);
     }
-    __syncwarp();
-    if (lane == 0) barriers.pixels_full[stage.slot].arrive();
+    barriers.pixels_full[stage.slot].arrive();
     stage.advance();
   }
 }
@@ -210,17 +212,15 @@ __device__ void list_pixels(const HaloConv& conv, Barriers& barriers, int warp) 
 // What a multiplying warpgroup knows of itself.
 struct Consumer {
   int index, warp;
-  bool is_leader;  // One lane of each warp.
   Lane lane;
 };
 
 template <int kChannels>
 using Accumulators = int32_t[(kChannels + kOnes) / 2];
 
-template <int kChannels, class Scale>
+template <int kChannels, class Scale, class Table>
 __device__ void finish(const TileConv& args, const Consumer& self, WarpRun<kChannels> run,
-                       const Scale& scale, const GroupTable& table,
-                       const Accumulators<kChannels>& acc) {
+                       const Scale& scale, Table& table, const Accumulators<kChannels>& acc) {
   run.acc = acc;
 #pragma unroll
   for (int row = 0; row < kLanePixels; ++row) run.window_bits[row] = acc[kChannels / 2 + 2 * row];
@@ -258,13 +258,15 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
   constexpr bool kTakesTurns = kConsumers == 2;
   Ring stage{plan.halo_stages};
   bool has_weights = false;
-  uint32_t turn = self.index == 0 ? 1 : 0;  // The first turn is the first warpgroup's.
+  uint32_t turn = 0;
+  // The first turn is the first warpgroup's.
+  if (kTakesTurns && self.index == 1 && cute::elect_one_sync()) barriers.turn[0].arrive();
   int run = self.index;
   for (int32_t tile = blockIdx.x; tile < plan.tiles; tile += gridDim.x) {
     barriers.halo_full[stage.slot].wait(stage.parity);
     if (run >= plan.runs) {
       __syncwarp();
-      if (self.is_leader) barriers.halo_empty[stage.slot].arrive();
+      if (cute::elect_one_sync()) barriers.halo_empty[stage.slot].arrive();
     }
     for (; run < plan.runs; run += kConsumers) {
       const int32_t halo =
@@ -287,16 +289,16 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
 #pragma unroll 4
       for (; k < plan.pairs; ++k) multiply_pair<true>(acc, at, pairs[k]);
       wgmma_commit();
-      if (kTakesTurns && self.is_leader) barriers.turn[(self.index + 1) % kConsumers].arrive();
+      if (kTakesTurns && cute::elect_one_sync()) barriers.turn[1 - self.index].arrive();
       barriers.pixels_full[stage.slot].wait(stage.parity);
       const Pixel* pixels =
           listed_pixels(conv, stage.slot) + run * kRunPixels + self.warp * kWarpPixels;
       const auto located =
           locate_run<kChannels>(conv, self.lane, [&](int32_t pixel) { return pixels[pixel]; });
-      const GroupTable table = load_table(located, 0);
+      RunTable<kChannels, kTablesAhead> table(located);
       wgmma_wait<0>();
       __syncwarp();  // All lanes have read their pixels.
-      if (self.is_leader && run + kConsumers >= plan.runs) {
+      if (run + kConsumers >= plan.runs && cute::elect_one_sync()) {
         barriers.halo_empty[stage.slot].arrive();
       }
       finish<kChannels>(args, self, located, scale, table, acc);
@@ -366,25 +368,27 @@ __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, cons
           default:
             multiply_stage<4>(acc, at, pairs);
         }
-        if (self.index == 0 && self.is_leader && until_turn >= 0 && until_turn-- == 0) {
+        if (self.index == 0 && until_turn >= 0 && until_turn-- == 0 && cute::elect_one_sync()) {
           barriers.turn[1].arrive();
         }
         // All but the multiplications just begun are over: what they read can be loaded anew.
         wgmma_wait<1>();
-        if (self.is_leader && last_weights >= 0) barriers.weights_empty[last_weights].arrive();
-        if (self.is_leader && first == 0 && last_halo >= 0) barriers.halo_empty[last_halo].arrive();
+        if (cute::elect_one_sync()) {
+          if (last_weights >= 0) barriers.weights_empty[last_weights].arrive();
+          if (first == 0 && last_halo >= 0) barriers.halo_empty[last_halo].arrive();
+        }
         last_weights = weights.slot;
         weights.advance();
       }
       last_halo = halo.slot;
       halo.advance();
     }
-    if (self.index == 0 && self.is_leader && until_turn >= 0) {  // The tile was shorter.
+    if (self.index == 0 && until_turn >= 0) {  // The tile was shorter.
       until_turn = -1;
-      barriers.turn[1].arrive();
+      if (cute::elect_one_sync()) barriers.turn[1].arrive();
     }
     wgmma_wait<0>();
-    if (self.is_leader) {
+    if (cute::elect_one_sync()) {
       barriers.weights_empty[last_weights].arrive();
       barriers.halo_empty[last_halo].arrive();
     }
@@ -395,7 +399,8 @@ __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, cons
       const auto located = locate_run<kChannels>(conv, self.lane, [&](int32_t pixel) {
         return locate_pixel(conv, tile_position(conv, tile), first + pixel);
       });
-      finish<kChannels>(args, self, located, scale, load_table(located, 0), acc[r]);
+      RunTable<kChannels, kTablesAhead> table(located);
+      finish<kChannels>(args, self, located, scale, table, acc[r]);
     }
   }
 }
@@ -434,13 +439,9 @@ __global__ void __launch_bounds__(kThreads<kChannels>, 1)
   cutlass::arch::warpgroup_reg_alloc<Block<kChannels>::kConsumerRegisters>();
   // While the first halo and weights are on their way.
   prepare_channels(args, threadIdx.x, kMultipliers<kChannels>);
-  cutlass::arch::NamedBarrier::sync(kMultipliers<kChannels>, 1);
-  Consumer self = {warpgroup, static_cast<int>(threadIdx.x % kWarpgroup / kWarpSize),
-                   threadIdx.x % kWarpSize == 0, make_lane(args, 0, kChannels)};
-  // Else they are worked out again for every run, from registers that are slow to read.
-  asm volatile(""
-               : "+r"(self.warp), "+r"(self.lane.row), "+r"(self.lane.q), "+r"(self.lane.column),
-                 "+r"(self.lane.channel), "+r"(self.lane.first_channel));
+  NamedBarrier::sync(kMultipliers<kChannels>, kMultipliersBarrier);
+  const Consumer self = {warpgroup, static_cast<int>(threadIdx.x % kWarpgroup / kWarpSize),
+                         make_lane(args, 0)};
   if constexpr (kStreamed) {
     multiply_streamed<kChannels>(args, barriers, self);
   } else {

@@ -12,7 +12,7 @@ __device__ inline bool passes(float y, float limit, float sign) {
   return __int_as_float(__float_as_int(y) ^ __float_as_int(sign)) >= limit;
 }
 
-// Where out.is_bits, y rises or falls with acc, and all that y is needed for is where it passes the
+// For Finish::kBits, y rises or falls with acc, and all that y is needed for is where it passes the
 // threshold: bit = (acc >= limit) != is_flipped.
 struct BitLimit {
   int32_t limit;
@@ -82,14 +82,13 @@ __device__ inline void prepare_channels(const TileConv& args, int thread, int th
     channel_terms(conv, kInShift)[i] = terms.activation.in_shift;
     channel_terms(conv, kSlope)[i] = terms.activation.slope;
     channel_terms(conv, kOutShift)[i] = terms.activation.out_shift;
-    if (out.is_bits) make_bit_limit(conv, i, terms, out.epilogue.clamp);
+    if (out.finish == Finish::kBits) make_bit_limit(conv, i, terms, out.epilogue.clamp);
   }
   make_table(conv, thread, threads);
 }
 
-// After prepare_channels. column: the first channel, of the block, of the warp's runs, which have
-// `columns` channels.
-__device__ inline Lane make_lane(const TileConv& args, int32_t column, int32_t columns) {
+// After prepare_channels. column: the first channel, of the block, of the warp's runs.
+__device__ inline Lane make_lane(const TileConv& args, int32_t column) {
   const auto& [conv, out] = args;
   Lane lane;
   lane.row = threadIdx.x % kWarpSize / 4, lane.q = threadIdx.x % 4;
@@ -97,22 +96,10 @@ __device__ inline Lane make_lane(const TileConv& args, int32_t column, int32_t c
   lane.column = column + lane.q * kLaneChannels;
   lane.channel = lane.first_channel + lane.q * kLaneChannels;
   lane.terms = shared<float>(conv.at.terms) + lane.column;
-  const auto finish = [&] {
-    bool can_compare = out.is_bits;
-    for (int32_t i = 0; can_compare && i < conv.plan.block_channels / kGroup; ++i) {
-      can_compare = unordered_words(conv)[i] == 0;
-    }
-    if (can_compare) return Finish::kCompare;
-    if (lane.first_channel + columns > out.channels) return Finish::kAny;
-    const bool is_float16 = out.epilogue.out_type == DataType::kFloat16;
-    const bool is_bfloat16 = out.epilogue.out_type == DataType::kBFloat16;
-    if (out.is_simple) {
-      return is_float16 ? Finish::kFloat16 : is_bfloat16 ? Finish::kBFloat16 : Finish::kFloat32;
-    }
-    if (out.is_half_pieces) return is_float16 ? Finish::kFloat16Pieces : Finish::kBFloat16Pieces;
-    return Finish::kAny;
-  };
-  lane.finish = finish();
+  lane.compares = out.finish == Finish::kBits;
+  for (int32_t i = 0; lane.compares && i < conv.plan.block_channels / kGroup; ++i) {
+    lane.compares = unordered_words(conv)[i] == 0;
+  }
   return lane;
 }
 

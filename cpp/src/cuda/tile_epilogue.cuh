@@ -219,42 +219,143 @@ __device__ inline void store_values(const TileOutput& out, const Place& place, G
   }
 }
 
-// Where out.is_simple and all channels exist: the common case, in which nothing is decided for each
-// value or group. table: of the first group.
-template <class T, int kColumns, class Scale>
-__device__ void store_simple_run(const TileOutput& out, const Lane& lane,
-                                 const WarpRun<kColumns>& run, const Scale& scale,
-                                 GroupTable table) {
-  constexpr int kGroups = kColumns / kGroup, kPiece = kVectorWidth<T>;
-  T* data[kLanePixels];
-  bool is_valid[kLanePixels];
+// Values of a lane's channels of a group, for each of its pixels.
+template <class T>
+struct LaneValues {
+  Vector<T, kLaneChannels> rows[kLanePixels];
+};
+
+template <class T>
+__device__ void add_values(const LaneValues<T>& values, Group& y) {
 #pragma unroll
-  for (int row = 0; row < kLanePixels; ++row) {
-    const int64_t pixel = run.pixels[row].index;
-    data[row] = static_cast<T*>(out.data) + pixel * out.channels + lane.channel;
-    is_valid[row] = pixel >= 0;
-  }
-#pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    Group y;
-    scale_group<kColumns, true>(out, run, group, scale.of(group), table, y);
-    if (group + 1 < kGroups) table = load_table(run, group + 1);
+  for (int row = 0; row < kLanePixels; ++row) add_piece(values.rows[row], y[row]);
+}
+
+// A lane's values in memory where a pixel's channels are neighbours (NHWC): 16 bytes at a time.
+template <class T>
+class PixelMemory {
+ public:
+  template <int kColumns>
+  __device__ PixelMemory(const TileOutput& out, const Lane& lane, const WarpRun<kColumns>& run) {
 #pragma unroll
     for (int row = 0; row < kLanePixels; ++row) {
+      const int64_t pixel = run.pixels[row].index;
+      exists_[row] = pixel >= 0;
+      at_[row] = max(pixel, int64_t{0}) * out.channels + lane.channel;
+    }
+  }
+
+  __device__ void store(void* data, int group, const Group& y) const {
 #pragma unroll
-      for (int first = 0; first < kLaneChannels; first += kPiece) {
-        store_vector_if(is_valid[row], data[row] + group * kGroup + first,
-                        make_piece<T>(y[row] + first));
+    for (int row = 0; row < kLanePixels; ++row) {
+      T* to = static_cast<T*>(data) + at_[row] + group * kGroup;
+#pragma unroll
+      for (int first = 0; first < kLaneChannels; first += kVectorWidth<T>) {
+        store_if(exists_[row], to + first, make_piece<T>(y[row] + first));
       }
     }
   }
+
+  // Where no pixel is, another one's.
+  __device__ LaneValues<T> load(const void* data, int group) const {
+    LaneValues<T> values;
+#pragma unroll
+    for (int row = 0; row < kLanePixels; ++row) {
+      const T* from = static_cast<const T*>(data) + at_[row] + group * kGroup;
+      values.rows[row] = load_vector<kLaneChannels>(from);
+    }
+    return values;
+  }
+
+ private:
+  int64_t at_[kLanePixels];
+  bool exists_[kLanePixels];
+};
+
+// The same where each channel is a plane (NCHW). Neighbouring lanes exchange values so that each
+// stores those of one pixel, and a warp 16 neighbouring pixels of a channel at a time: memory is
+// slow where less than 32 bytes are written together.
+template <class T>
+class PlaneMemory {
+ public:
+  template <int kColumns>
+  __device__ PlaneMemory(const TileOutput& out, const Lane& lane, const WarpRun<kColumns>& run)
+      : plane_(static_cast<int32_t>(out.plane_pixels)), has_low_(lane.q % 2 == 0) {
+    const int32_t index = has_low_ ? run.pixels[0].index : run.pixels[1].index;
+    const int32_t pixel = max(index, 0), image = pixel / plane_;
+    exists_ = index >= 0;
+    // The channels of the lane of even q, then those of its neighbour.
+    const int32_t channel = lane.channel - (has_low_ ? 0 : kLaneChannels);
+    at_ = pixel + (image * (out.channels - 1) + channel) * plane_;
+  }
+
+  __device__ void store(void* data, int group, const Group& y) const {
+    T* to = static_cast<T*>(data) + at_;
+#pragma unroll
+    for (int k = 0; k < kLaneChannels; ++k) {
+      const float kept = has_low_ ? y[0][k] : y[1][k];
+      const float other = __shfl_xor_sync(kWholeWarp, has_low_ ? y[1][k] : y[0][k], 1);
+      const int64_t channel = group * kGroup + k;
+      store_if(exists_, to + channel * plane_, from_float<T>(has_low_ ? kept : other));
+      store_if(exists_, to + (channel + kLaneChannels) * plane_,
+               from_float<T>(has_low_ ? other : kept));
+    }
+  }
+
+ private:
+  int32_t plane_;
+  bool has_low_, exists_;
+  int64_t at_;
+};
+
+// The common case, in which nothing is decided for each value or group.
+template <class Memory, int kColumns, class Scale, class Table>
+__device__ void store_plain_run(const TileOutput& out, const Lane& lane,
+                                const WarpRun<kColumns>& run, const Scale& scale, Table& table) {
+  constexpr int kGroups = kColumns / kGroup;
+  const Memory memory(out, lane, run);
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    Group y;
+    scale_group<kColumns, true>(out, run, group, scale.of(group), table.of(group), y);
+    table.advance(run, group);
+    memory.store(out.data, group, y);
+  }
+}
+
+// The residual is loaded at once, so that it is waited for once.
+template <class T, int kColumns, class Scale, class Table>
+__device__ void store_fused_run(const TileOutput& out, const Lane& lane,
+                                const WarpRun<kColumns>& run, const Scale& scale, Table& table) {
+  constexpr int kGroups = kColumns / kGroup;
+  const Epilogue& epilogue = out.epilogue;
+  const PixelMemory<T> memory(out, lane, run);
+  LaneValues<T> residual[kGroups];
+  if (epilogue.residual) {
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+      residual[group] = memory.load(epilogue.residual, group);
+    }
+  }
+  uint32_t bytes[kLanePixels] = {};
+#pragma unroll
+  for (int group = 0; group < kGroups; ++group) {
+    Group y;
+    scale_group<kColumns, false>(out, run, group, scale.of(group), table.of(group), y);
+    table.advance(run, group);
+    if (epilogue.residual) add_values(residual[group], y);
+    if (epilogue.activation.enabled) activate_group(out, lane, group, y);
+    if (epilogue.bits) compare_group(lane, group, y, bytes);
+    memory.store(out.data, group, y);
+  }
+  if (epilogue.bits) store_bits(out, lane, run, epilogue.bits, bytes, 0);
 }
 
 // Bits alone, from comparing sums with limits.
-template <int kColumns, class Scale>
-__device__ void store_compared_run(const TileOutput& out, const Lane& lane,
-                                   const WarpRun<kColumns>& run, const Scale& limits,
-                                   GroupTable table, uint32_t flipped) {
+template <int kColumns, class Scale, class Table>
+__device__ void store_bits_run(const TileOutput& out, const Lane& lane,
+                               const WarpRun<kColumns>& run, const Scale& limits, Table& table,
+                               uint32_t flipped) {
   constexpr int kGroups = kColumns / kGroup;
   uint32_t bytes[kLanePixels] = {};
 #pragma unroll
@@ -267,64 +368,21 @@ __device__ void store_compared_run(const TileOutput& out, const Lane& lane,
 #pragma unroll
       for (int k = kLaneChannels - 1; k >= 0; --k) {
         const int i = k / kQuad, j = k % kQuad;
-        const int32_t sum = 4 * accumulator(run, group, row, k) + table.rows[row][i].values[j];
+        const int32_t t = table.of(group).rows[row][i].values[j];
+        const int32_t sum = 4 * accumulator(run, group, row, k) + t;
         const int32_t above = sum + window + __float_as_int(limit.scale[i].values[j]);
         misses = __funnelshift_l(above, misses, 1);
       }
       bytes[row] |= (~misses & 0xff) << 8 * group;
     }
-    if (group + 1 < kGroups) table = load_table(run, group + 1);
+    table.advance(run, group);
   }
   store_bits(out, lane, run, out.data, bytes, flipped);
 }
 
-// Where out.is_half_pieces and all channels exist: 16-bit values in pieces, with all that can lie
-// between scale and bias and them. The residual is loaded at once, so that it is waited for once.
-template <class T, int kColumns, class Scale>
-__device__ void store_pieces_run(const TileOutput& out, const Lane& lane,
-                                 const WarpRun<kColumns>& run, const Scale& scale,
-                                 GroupTable table) {
-  constexpr int kGroups = kColumns / kGroup;
-  using Piece = Vector<T, kLaneChannels>;
-  int64_t at[kLanePixels];
-  bool is_valid[kLanePixels];
-  Piece residual[kGroups][kLanePixels] = {};
-#pragma unroll
-  for (int row = 0; row < kLanePixels; ++row) {
-    const int64_t pixel = run.pixels[row].index;
-    is_valid[row] = pixel >= 0;
-    at[row] = (is_valid[row] ? pixel : 0) * out.channels + lane.channel;
-    if (!out.epilogue.residual) continue;
-    const T* from = static_cast<const T*>(out.epilogue.residual) + at[row];
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      residual[group][row] = load_vector<kLaneChannels>(from + group * kGroup);
-    }
-  }
-  uint32_t bytes[kLanePixels] = {};
-#pragma unroll
-  for (int group = 0; group < kGroups; ++group) {
-    Group y;
-    scale_group<kColumns, false>(out, run, group, scale.of(group), table, y);
-    if (group + 1 < kGroups) table = load_table(run, group + 1);
-    if (out.epilogue.residual) {
-#pragma unroll
-      for (int row = 0; row < kLanePixels; ++row) add_piece(residual[group][row], y[row]);
-    }
-    if (out.epilogue.activation.enabled) activate_group(out, lane, group, y);
-    if (out.epilogue.bits) compare_group(lane, group, y, bytes);
-#pragma unroll
-    for (int row = 0; row < kLanePixels; ++row) {
-      store_vector_if(is_valid[row], static_cast<T*>(out.data) + at[row] + group * kGroup,
-                      make_piece<T>(y[row]));
-    }
-  }
-  if (out.epilogue.bits) store_bits(out, lane, run, out.epilogue.bits, bytes, 0);
-}
-
-template <int kColumns, class Scale>
+template <int kColumns, class Scale, class Table>
 __device__ void store_any_run(const TileOutput& out, const Lane& lane, const WarpRun<kColumns>& run,
-                              const Scale& scale, GroupTable table) {
+                              const Scale& scale, Table& table) {
   constexpr int kGroups = kColumns / kGroup;
   void* bits = out.epilogue.out_type == DataType::kBits ? out.data : out.epilogue.bits;
   uint32_t bytes[kLanePixels] = {};
@@ -333,8 +391,8 @@ __device__ void store_any_run(const TileOutput& out, const Lane& lane, const War
     if (lane.first_channel + group * kGroup >= out.channels) break;
     const Place place = locate_group(out, lane, run, group);
     Group y;
-    scale_group<kColumns, false>(out, run, group, scale.of(group), table, y);
-    if (group + 1 < kGroups) table = load_table(run, group + 1);
+    scale_group<kColumns, false>(out, run, group, scale.of(group), table.of(group), y);
+    table.advance(run, group);
     if (out.epilogue.residual) add_residual(out, place, y);
     if (out.epilogue.activation.enabled) activate_group(out, lane, group, y);
     if (bits) compare_group(lane, group, y, bytes);
@@ -356,26 +414,36 @@ __device__ WarpRun<kColumns> locate_run(const HaloConv& conv, const Lane& lane,
   return run;
 }
 
-// With its sums. table: of its first group.
-template <int kColumns, class Scale>
+// With its sums.
+template <int kColumns, class Scale, class Table>
 __device__ void store_run(const TileConv& args, const Lane& lane, const WarpRun<kColumns>& run,
-                          const Scale& scale, const GroupTable& table) {
+                          const Scale& scale, Table& table) {
   const auto& [conv, out] = args;
-  switch (lane.finish) {
-    case Finish::kFloat16:
-      return store_simple_run<__half>(out, lane, run, scale, table);
-    case Finish::kBFloat16:
-      return store_simple_run<__nv_bfloat16>(out, lane, run, scale, table);
-    case Finish::kFloat32:
-      return store_simple_run<float>(out, lane, run, scale, table);
-    case Finish::kFloat16Pieces:
-      return store_pieces_run<__half>(out, lane, run, scale, table);
-    case Finish::kBFloat16Pieces:
-      return store_pieces_run<__nv_bfloat16>(out, lane, run, scale, table);
-    case Finish::kCompare: {
-      const int word = (lane.column - lane.q * kLaneChannels) / kGroup + lane.q;
-      return store_compared_run(out, lane, run, scale, table, flipped_words(conv)[word % 4]);
-    }
+  if (lane.compares) {
+    const int word = (lane.column - lane.q * kLaneChannels) / kGroup + lane.q;
+    return store_bits_run(out, lane, run, scale, table, flipped_words(conv)[word % 4]);
+  }
+  const bool all_exist = lane.first_channel + kColumns <= out.channels;
+  const Finish finish = all_exist ? out.finish : Finish::kAny;
+  // Not by a table of jumps, which takes long to read.
+  if (finish == Finish::kPlainFloat16) {
+    return store_plain_run<PixelMemory<__half>>(out, lane, run, scale, table);
+  }
+  switch (finish) {
+    case Finish::kPlainBFloat16:
+      return store_plain_run<PixelMemory<__nv_bfloat16>>(out, lane, run, scale, table);
+    case Finish::kPlainFloat32:
+      return store_plain_run<PixelMemory<float>>(out, lane, run, scale, table);
+    case Finish::kPlanesFloat16:
+      return store_plain_run<PlaneMemory<__half>>(out, lane, run, scale, table);
+    case Finish::kPlanesBFloat16:
+      return store_plain_run<PlaneMemory<__nv_bfloat16>>(out, lane, run, scale, table);
+    case Finish::kPlanesFloat32:
+      return store_plain_run<PlaneMemory<float>>(out, lane, run, scale, table);
+    case Finish::kFusedFloat16:
+      return store_fused_run<__half>(out, lane, run, scale, table);
+    case Finish::kFusedBFloat16:
+      return store_fused_run<__nv_bfloat16>(out, lane, run, scale, table);
     default:
       return store_any_run(out, lane, run, scale, table);
   }

@@ -18,6 +18,22 @@ constexpr int kGroup = 32;  // Channels that are finished together.
 constexpr int kLaneChannels = 8;
 constexpr int kLanePixels = 2;
 
+// Ways to finish a run. Plain values come straight from scale and bias; they lie in 16-byte pieces
+// of a lane's channels, or in planes (NCHW). Fused ones are 16-bit values in pieces, with a clamp,
+// a residual like them, an activation or bits. kBits alone are found by comparing sums with limits.
+enum class Finish {
+  kAny,
+  kPlainFloat16,
+  kPlainBFloat16,
+  kPlainFloat32,
+  kPlanesFloat16,
+  kPlanesBFloat16,
+  kPlanesFloat32,
+  kFusedFloat16,
+  kFusedBFloat16,
+  kBits
+};
+
 struct TileOutput {
   Epilogue epilogue;
   void* data;
@@ -26,24 +42,7 @@ struct TileOutput {
   int32_t packed_words;     // Of a pixel of bits.
   bool has_pieces;          // A lane's values are in 16-byte pieces, also in memory.
   bool residual_in_pieces;  // The same of the residual.
-  // Floating-point values in pieces, straight from scale and bias: no clamp, residual, activation
-  // or bits.
-  bool is_simple;
-  // Bits and no values, by comparing scale * acc + bias.
-  bool is_bits;
-  // 16-bit values in pieces, and a residual like them if there is one.
-  bool is_half_pieces;
-};
-
-// How a block finishes, decided once.
-enum class Finish {
-  kAny,
-  kFloat16,
-  kBFloat16,
-  kFloat32,
-  kFloat16Pieces,
-  kBFloat16Pieces,
-  kCompare
+  Finish finish;            // Where all channels of a run exist.
 };
 
 // The parameter of a kernel.
@@ -52,6 +51,36 @@ struct TileConv {
   TileOutput out;
 };
 
+inline Finish finish_of(const Epilogue& epilogue, bool has_pieces, bool residual_in_pieces) {
+  const auto of_type = [&](Finish float16, Finish bfloat16, Finish float32) {
+    switch (epilogue.out_type) {
+      case DataType::kFloat16:
+        return float16;
+      case DataType::kBFloat16:
+        return bfloat16;
+      case DataType::kFloat32:
+        return float32;
+      default:
+        return Finish::kAny;
+    }
+  };
+  const bool is_direct = !epilogue.residual && !epilogue.activation.enabled;
+  if (epilogue.out_type == DataType::kBits) return is_direct ? Finish::kBits : Finish::kAny;
+  const bool is_plain = is_direct && !epilogue.clamp && !epilogue.bits;
+  if (epilogue.out_layout == Layout::kNCHW) {
+    if (!is_plain) return Finish::kAny;
+    return of_type(Finish::kPlanesFloat16, Finish::kPlanesBFloat16, Finish::kPlanesFloat32);
+  }
+  if (!has_pieces) return Finish::kAny;
+  if (is_plain) {
+    return of_type(Finish::kPlainFloat16, Finish::kPlainBFloat16, Finish::kPlainFloat32);
+  }
+  const bool has_other_residual =
+      epilogue.residual && !(residual_in_pieces && epilogue.residual_type == epilogue.out_type);
+  if (has_other_residual) return Finish::kAny;
+  return of_type(Finish::kFusedFloat16, Finish::kFusedBFloat16, Finish::kAny);
+}
+
 inline TileOutput tile_output(const Conv2dArgs& args) {
   const Epilogue& epilogue = args.epilogue;
   const int64_t channels = args.shape.weight.out_channels;
@@ -59,12 +88,10 @@ inline TileOutput tile_output(const Conv2dArgs& args) {
     return epilogue.out_layout == Layout::kNHWC && channels * value_bytes % kVectorBytes == 0 &&
            is_vector_aligned(data);
   };
-  const bool has_values = epilogue.out_type != DataType::kBits;
-  const bool has_pieces = has_values && in_pieces(args.output, element_bytes(epilogue.out_type));
+  const bool has_pieces = epilogue.out_type != DataType::kBits &&
+                          in_pieces(args.output, element_bytes(epilogue.out_type));
   const bool residual_in_pieces =
       epilogue.residual && in_pieces(epilogue.residual, element_bytes(epilogue.residual_type));
-  const bool is_plain = !epilogue.residual && !epilogue.activation.enabled;
-  const bool is_float = has_values && epilogue.out_type != DataType::kInt32;
   return {.epilogue = epilogue,
           .data = args.output,
           .plane_pixels = args.shape.out_height() * args.shape.out_width(),
@@ -72,11 +99,7 @@ inline TileOutput tile_output(const Conv2dArgs& args) {
           .packed_words = static_cast<int32_t>(packed_bytes(channels) / sizeof(uint32_t)),
           .has_pieces = has_pieces,
           .residual_in_pieces = residual_in_pieces,
-          .is_simple = is_float && is_plain && has_pieces && !epilogue.clamp && !epilogue.bits,
-          .is_bits = !has_values && is_plain,
-          .is_half_pieces = has_pieces && element_bytes(epilogue.out_type) == 2 &&
-                            (!epilogue.residual ||
-                             (residual_in_pieces && epilogue.residual_type == epilogue.out_type))};
+          .finish = finish_of(epilogue, has_pieces, residual_in_pieces)};
 }
 
 inline TileConv tile_conv(const Conv2dArgs& args, const HaloPlan& plan) {
@@ -103,8 +126,8 @@ struct Lane {
   int32_t column;         // The first channel, of the block.
   int32_t channel;        // The same, of all.
   int32_t first_channel;  // Of the warp's runs.
-  Finish finish;
-  const float* terms;  // kScale and so on of `column`.
+  bool compares;          // Bits are found by comparing sums with limits.
+  const float* terms;     // kScale and so on of `column`.
 };
 
 // What a lane needs of its channels at all times: what they scale their sums with or, where only
@@ -119,7 +142,7 @@ template <int kColumns, bool kIsKept>
 class LaneScale {
  public:
   explicit __device__ LaneScale(const Lane& lane)
-      : scale_(lane.terms + (lane.finish == Finish::kCompare ? kBitLimit : kScale) * kMostChannels),
+      : scale_(lane.terms + (lane.compares ? kBitLimit : kScale) * kMostChannels),
         bias_(lane.terms + kBias * kMostChannels) {
     if constexpr (kIsKept) {
 #pragma unroll
@@ -160,15 +183,35 @@ struct GroupTable {
   LaneVector<int32_t> rows[kLanePixels];
 };
 
-template <int kColumns>
-__device__ GroupTable load_table(const WarpRun<kColumns>& run, int group) {
-  GroupTable table;
+// T of a run's groups, of which kAhead are loaded before they are needed: shared memory is slow to
+// answer while it feeds the tensor cores.
+template <int kColumns, int kAhead>
+class RunTable {
+ public:
+  explicit __device__ RunTable(const WarpRun<kColumns>& run) {
 #pragma unroll
-  for (int row = 0; row < kLanePixels; ++row) {
-    load_lane(run.table[row] + group * kGroup, table.rows[row]);
+    for (int group = 0; group < kLoaded; ++group) load(run, group);
   }
-  return table;
-}
+
+  __device__ const GroupTable& of(int group) const { return loaded_[group % kLoaded]; }
+
+  // After the last use of a group.
+  __device__ void advance(const WarpRun<kColumns>& run, int group) {
+    if (group + kLoaded < kGroups) load(run, group + kLoaded);
+  }
+
+ private:
+  static constexpr int kGroups = kColumns / kGroup, kLoaded = kAhead < kGroups ? kAhead : kGroups;
+
+  __device__ void load(const WarpRun<kColumns>& run, int group) {
+#pragma unroll
+    for (int row = 0; row < kLanePixels; ++row) {
+      load_lane(run.table[row] + group * kGroup, loaded_[group % kLoaded].rows[row]);
+    }
+  }
+
+  GroupTable loaded_[kLoaded];
+};
 
 // What a lane has of pixel `row` of its pixels and channel `channel` of a group's.
 template <int kColumns>

@@ -7,7 +7,12 @@
 namespace binconv::cuda {
 
 template <class T>
-void store_vector_if(bool condition, T* to, const Vector<T, kVectorWidth<T>>& vector) {
+void store_if(bool condition, T* to, T value) {
+  if (condition) *to = value;
+}
+
+template <class T>
+void store_if(bool condition, T* to, const Vector<T, kVectorWidth<T>>& vector) {
   if (condition) store_vector(to, vector);
 }
 
