@@ -14,13 +14,15 @@ import reference_torch
 import torch
 import torch.nn.functional as F
 from reference_torch import assert_gradient_is, factors
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from binconv.torch import BitTensor, binary_conv2d, pack_bits, pack_weight, prepare_weight
 from binconv.torch.autograd import sign_conv2d
 from binconv.torch.estimators import estimator
 from binconv.torch.functional import geometry_arguments
-from binconv.torch.ops import packed_geometry
+from binconv.torch.ops import packed_geometry, reaches_kernel
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 VALUES = (*FLOATS, torch.int8)
@@ -1105,6 +1107,84 @@ def test_x_that_wants_a_gradient_is_refused_with_a_prepared_weight(device):
         binary_conv2d(x, prepared)
     with torch.no_grad():
         assert torch.equal(binary_conv2d(x, prepared), torch.full((1, 4, 3, 3), 72.0).to(device))
+
+
+class Watched(torch.Tensor):
+    """A subclass whose __torch_function__ is PyTorch's, which passes the class on."""
+
+
+def watch(mode):
+    class Watcher(mode):
+        def __init__(self):
+            super().__init__()
+            self.names = set()
+
+        def _watch(self, function, types, args=(), kwargs=None):
+            self.names.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+        __torch_dispatch__ = __torch_function__ = _watch
+
+    return Watcher()
+
+
+@pytest.mark.parametrize("mode", [TorchDispatchMode, TorchFunctionMode])
+@pytest.mark.parametrize("trains", [False, True], ids=["eval", "train"])
+def test_modes_see_the_operators(device, mode, trains):
+    x = torch.ones(1, 8, 5, 5, device=device, requires_grad=trains)
+    w = torch.ones(4, 8, 3, 3, device=device)
+    with watch(mode) as watcher:
+        binary_conv2d(x, w)
+        binary_conv2d(pack_bits(x), prepare_weight(w))
+    operators = {"sign_conv2d" if trains else "conv2d", "pack_bits", "packed_conv2d_no_grad"}
+    assert {f"binconv.{name}.default" for name in operators} <= watcher.names
+
+
+def test_profilers_see_the_operators(device):
+    x, w = torch.ones(1, 8, 5, 5, device=device), torch.ones(4, 8, 3, 3, device=device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        binary_conv2d(x, w)
+    assert "binconv::conv2d" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
+def test_traces_hold_the_operators(device, tracing):
+    x, w = torch.ones(1, 8, 5, 5, device=device), torch.ones(4, 8, 3, 3, device=device)
+    traced = make_fx(lambda x, w: binary_conv2d(x, w, padding=1), tracing_mode=tracing)(x, w)
+    assert torch.ops.binconv.conv2d.default in {node.target for node in traced.graph.nodes}
+    assert torch.equal(traced(x, w), binary_conv2d(x, w, padding=1))
+
+
+def test_lazy_negatives_and_subclasses_take_the_dispatcher(device):
+    x = pack_bits(torch.ones(1, 8, 5, 5, device=device))
+    w = prepare_weight(torch.ones(4, 8, 3, 3, device=device))
+    ones = torch.ones(4, device=device)
+    negative = torch._neg_view(ones)
+    assert torch.equal(binary_conv2d(x, w, scale=negative), -binary_conv2d(x, w, scale=ones))
+    assert type(binary_conv2d(x, w, scale=ones.as_subclass(Watched))) is Watched
+
+
+def test_packing_a_meta_tensor_gives_the_shape_alone():
+    bits = pack_bits(torch.empty(1, 8, 5, 5, device="meta"))
+    assert bits.data.is_meta
+    assert bits.shape == (1, 8, 5, 5)
+
+
+@pytest.mark.parametrize(
+    "context", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda c: c.__name__
+)
+def test_plain_tensors_need_no_dispatcher(device, context):
+    with context(), torch.autocast(torch.device(device).type):
+        here = torch.ones(4, device=device)
+        assert reaches_kernel((here, torch.nn.Parameter(torch.ones(4, device=device)), None, 1))
+
+
+def test_floats_are_refused_after_equal_integers(device):
+    x, w = torch.ones(1, 8, 5, 5, device=device), torch.ones(4, 8, 3, 3, device=device)
+    binary_conv2d(x, w, stride=(1, 1), padding=(0, 0), groups=1)
+    for name, value in (("stride", (1.0, 1.0)), ("padding", (0.0, 0.0)), ("groups", 1.0)):
+        with pytest.raises(ValueError, match=f"^{name}: "):
+            binary_conv2d(x, w, **{name: value})
 
 
 def test_no_grad_and_inference_mode(device):

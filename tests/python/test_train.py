@@ -168,22 +168,24 @@ def test_the_plain_layer_of_the_benchmark_computes_the_same(device, ste):
 
     from binconv.torch.estimators import estimator
 
-    torch.manual_seed(0)
     arguments = {"kernel_size": 3, "stride": 2, "padding": 1, "bias": False}
     layer = BinaryConv2d(16, 8, **arguments, ste=ste).to(device)
     plain = PlainBinaryConv2d(16, 8, **arguments, ste=estimator(ste)).to(device)
-    plain.load_state_dict(layer.state_dict())
+    unmasked = PlainBinaryConv2d(16, 8, **arguments, ste=estimator("identity")).to(device)
+    for other in (plain, unmasked):
+        other.load_state_dict(layer.state_dict())
     x = torch.randn(2, 16, 9, 9, device=device)
     results = []
-    for module in (layer, plain):
+    for module in (layer, plain, unmasked):
         leaf = x.clone().requires_grad_()
         y = module(leaf)
         y.square().sum().backward()
-        results.append((y, leaf.grad, module.weight.grad))
-    # An 8-bit code of approx_sign is off by up to 1 / 254 of the largest derivative.
-    bound = 1 / 254 + 1e-5 if ste == "approx_sign" else 1e-5
-    for got, expected in zip(*results, strict=True):
-        assert (got - expected).abs().max() <= bound * expected.abs().max()
+        results.append((y.detach(), leaf.grad, module.weight.grad))
+    # An 8-bit code of a derivative is off by up to 1 / 254 of its peak.
+    coded = 0 if ste == "clip" else estimator(ste).peak / 254
+    bounds = (0, coded * results[2][1].abs(), 0)
+    for got, expected, bound in zip(*results[:2], bounds, strict=True):
+        assert ((got - expected).abs() <= bound + 1e-5 * expected.abs().max()).all()
 
 
 def test_the_benchmark_of_training_steps_runs(tmp_path):

@@ -72,7 +72,7 @@ def sign_conv2d(
         ste: the estimator for x + shift.
         weight_ste: the estimator for weight.
     """
-    y: Tensor = torch.ops.binconv.sign_conv2d.default(
+    inputs = (
         x,
         weight,
         leaf,
@@ -88,7 +88,11 @@ def sign_conv2d(
         _parameter(ste, progress),
         weight_ste.name,
         _parameter(weight_ste, progress),
-    )[0]
+    )
+    operator: Any = torch.ops.binconv.sign_conv2d.default
+    if not torch.compiler.is_compiling() and ops.reaches_kernel(inputs):
+        operator = _SignConv2d.apply
+    y: Tensor = operator(*inputs)[0]
     return y
 
 
@@ -113,12 +117,13 @@ def packed_conv2d(
 
     Autograd of an operator in Python takes the host a quarter of the time of a call.
     """
-    operators = torch.ops.binconv
-    wants = wants_gradient(scale, bias, residual)
-    operator = operators.packed_conv2d if wants else operators.packed_conv2d_no_grad
-    y: Tensor = operator.default(
-        packed, prepared, geometry, out_dtype, channels_last, scale, bias, residual, *steps
-    )
+    factors = scale, bias, residual
+    arguments = (packed, prepared, geometry, out_dtype, channels_last, *factors, *steps)
+    y: Tensor
+    if wants_gradient(*factors):
+        y = torch.ops.binconv.packed_conv2d.default(*arguments)
+    else:
+        y = ops.call("packed_conv2d_no_grad", *arguments)
     return y
 
 
@@ -196,7 +201,7 @@ def _ends(limit: float) -> tuple[float, float]:
 
 def _narrow(packed: Tensor, channels: int) -> Tensor:
     """Without the unused bytes of each pixel."""
-    return packed[..., : (channels + 7) // 8].contiguous()
+    return packed[..., : (channels + 7) // 8].contiguous() if channels % 128 else packed
 
 
 def _widen(narrow: Tensor, channels: int) -> Tensor:
@@ -246,7 +251,7 @@ class _SignConv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            output: tuple[Tensor, Tensor, Tensor] = torch.ops.binconv.sign_conv2d.default(*inputs)
+            output: tuple[Tensor, Tensor, Tensor] = ops.call("sign_conv2d", *inputs)
         _save(ctx, inputs, output)
         return output
 
@@ -313,7 +318,7 @@ def _sign_gradients(
         return None, None
     stride, (top, left, bottom, right), dilation, groups, pad_value = geometry
     channels = weight.shape[1] * groups
-    signs = torch.ops.binconv.unpack_bits(_widen(bits, channels), channels, grad.dtype)
+    signs = ops.call("unpack_bits", _widen(bits, channels), channels, grad.dtype)
     padded = pad_value != 0 or (top, left) != (bottom, right)
     if padded:
         pads = (left, right, top, bottom)
@@ -349,8 +354,8 @@ def _let_through(estimator: Estimator, grad: Any, kept: Tensor) -> Any:
         return grad
     if isinstance(estimator, Clip):
         channels = grad.shape[1]
-        inside = torch.ops.binconv.unpack_bits(_widen(kept, channels), channels, torch.int8)
-        return torch.where(inside > 0, grad, 0.0)
+        inside = ops.call("unpack_bits", _widen(kept, channels), channels, torch.int8)
+        return torch.ops.aten.threshold_backward(grad, inside, 0)  # One operation, not two.
     return grad * kept * (estimator.peak / LEVELS)
 
 
@@ -377,5 +382,6 @@ def _weight_gradients(
 
 for _key in ("CPU", "CUDA"):
     _library.impl("sign_conv2d", _sign_conv2d, _key)
+ops.kernels["sign_conv2d"] = _sign_conv2d
 torch.library.register_fake("binconv::sign_conv2d", _fake_sign_conv2d, lib=_library)
 _library.impl("sign_conv2d", _SignConv2d.apply, "Autograd")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import ops
+
 
 class BitTensor:
     """A batch of images of +1/-1 values at one bit each.
@@ -47,7 +49,7 @@ class BitTensor:
             raise ValueError(
                 f"dtype: got {dtype!r}, expected torch.float32, float16, bfloat16 or int8"
             )
-        values: Tensor = torch.ops.binconv.unpack_bits(self.data, self.channels, dtype)
+        values: Tensor = ops.call("unpack_bits", self.data, self.channels, dtype)
         return values
 
     def __repr__(self) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from .bit_tensor import BitTensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 VALUES = (*FLOATS, torch.int8)
+OUTPUTS = (*FLOATS, torch.int32)
 
 Padding = int | Sequence[int] | Literal["same", "valid"]
 # Slopes, or (in_shift, slope, out_shift); each one number for all channels, or one for each.
@@ -56,7 +58,7 @@ def pack_bits(x: Tensor, threshold: float | Tensor | None = None) -> BitTensor:
     """
     check_tensor("x", x, VALUES, rank=4)
     value, per_channel = _threshold(threshold, x.shape[1], x.device)
-    return BitTensor(torch.ops.binconv.pack_bits(x, value, per_channel), x.shape[1])
+    return BitTensor(ops.call("pack_bits", x, value, per_channel), x.shape[1])
 
 
 def pack_weight(w: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def prepare_weight(w: Tensor, groups: int = 1, in_channels: int | None = None) -
             raise ValueError(f"in_channels: got {in_channels}, expected w.shape[1] = {w.shape[1]}")
         in_channels = w.shape[1]
     out_channels, kernel_height, kernel_width, _ = packed.shape
-    data = torch.ops.binconv.prepare_weight(packed, in_channels, groups)
+    data = ops.call("prepare_weight", packed, in_channels, groups)
     return PreparedWeight(data, (out_channels, in_channels, kernel_height, kernel_width), groups)
 
 
@@ -147,40 +149,74 @@ def binary_conv2d(
     """
     if not isinstance(x, BitTensor):
         check_tensor("x", x, VALUES, rank=4)
-    device = x.device
-    batch, channels, *in_sizes = x.shape
-    groups = _check_weight(weight, groups, channels, device)
-    out_channels, _, *kernel = weight.shape
-    geometry = geometry_arguments(stride, padding, dilation, kernel, groups, pad_value)
+    device, in_shape = x.device, x.shape
+    groups = _check_weight(weight, groups, in_shape[1], device)
+    weight_shape = weight.shape
+    out_channels = weight_shape[0]
+    sizes = _sizes(
+        _pair("stride", stride),
+        padding if isinstance(padding, str) else _pair("padding", padding),
+        _pair("dilation", dilation),
+        groups,
+        pad_value,
+        in_shape,
+        weight_shape,
+    )
     dtype = _out_dtype(x, out_dtype)
-    sizes = ops.out_sizes(batch, in_sizes, weight.shape, *geometry[:3])
+    channels_last = dtype is None or isinstance(x, BitTensor) or ops.is_channels_last(x)
+    scale = _per_channel("scale", scale, out_channels, device)
+    bias = _per_channel("bias", bias, out_channels, device)
+    residual = _checked_residual(residual, sizes.out, device)
+    makes_bits = with_bits or threshold is not None or threshold_below is not None
+    if dtype in FLOATS and not (clamp or makes_bits or prelu is not None):
+        return _convolve(x, weight, sizes, channels_last, scale, bias, residual, dtype)
     epilogue = Epilogue(
-        scale=_per_channel("scale", scale, out_channels, device),
-        bias=_per_channel("bias", bias, out_channels, device),
-        residual=_checked_residual(residual, sizes, device),
+        scale=scale,
+        bias=bias,
+        residual=residual,
         clamp=clamp,
         activation=_activation(prelu, out_channels, device),
         limits=_threshold(threshold, out_channels, device),
         below=_flags("threshold_below", threshold_below, out_channels, device),
         dtype=dtype,
         with_bits=with_bits,
-        channels_last=dtype is None or isinstance(x, BitTensor) or ops.is_channels_last(x),
+        channels_last=channels_last,
     )
     _check_outputs(epilogue, has_threshold=threshold is not None)
-
-    is_plain = not (clamp or epilogue.activation or with_bits)
-    if dtype in FLOATS and is_plain:
-        convolve = _convolution(x, weight, geometry, epilogue.channels_last)
-        return convolve(epilogue.scale, epilogue.bias, residual, dtype)
     if dtype in FLOATS and _need_gradient(x, weight, epilogue):
-        return _in_steps(x, weight, geometry, epilogue)
-    return _fused(x, weight, geometry, epilogue)
+        return _in_steps(x, weight, sizes, epilogue)
+    return _fused(x, weight, sizes, epilogue)
 
 
-Geometry = tuple[list[int], list[int], list[int], int, int]
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int, int]
 Activation = tuple[Tensor | None, Tensor | None, Tensor | None]
-# From scale, bias, residual and out_dtype.
-Convolution = Callable[[Tensor | None, Tensor | None, Tensor | None, torch.dtype | None], Tensor]
+
+
+class Sizes(NamedTuple):
+    """What depends on sizes alone: the operators' arguments for floats and bits, (N, O, OH, OW)."""
+
+    geometry: Geometry
+    packed_geometry: Sequence[int]
+    out: tuple[int, int, int, int]
+
+
+@ops.memoized
+def _sizes(
+    stride: Sequence[int],
+    padding: Padding,
+    dilation: Sequence[int],
+    groups: int,
+    pad_value: int,
+    in_shape: Sequence[int],
+    weight_shape: Sequence[int],
+) -> Sizes:
+    batch, _, *in_sizes = in_shape
+    geometry = geometry_arguments(stride, padding, dilation, weight_shape[2:], groups, pad_value)
+    return Sizes(
+        geometry,
+        ops.packed_geometry(weight_shape, *geometry),
+        ops.out_sizes(batch, in_sizes, weight_shape, *geometry[:3]),
+    )
 
 
 class Epilogue(NamedTuple):
@@ -199,33 +235,33 @@ class Epilogue(NamedTuple):
 
 
 def _fused(
-    x: Tensor | BitTensor, weight: Tensor | PreparedWeight, geometry: Geometry, epilogue: Epilogue
+    x: Tensor | BitTensor, weight: Tensor | PreparedWeight, sizes: Sizes, epilogue: Epilogue
 ) -> Tensor | BitTensor | tuple[Tensor, BitTensor]:
     scale, bias, residual, clamp, activation, limits, below, dtype, with_bits, last = epilogue
-    packed, prepared = _packed_operands(x, weight, dtype, geometry[3])
-    steps = (False, None, None, None) if activation is None else (True, *activation)
-    operands = (packed, prepared.data, ops.packed_geometry(prepared.shape, *geometry), dtype, last)
-    factors = (scale, bias, residual)
+    x, weight = _packed_operands(x, weight, dtype, sizes)
+    operands = (x.data, weight.data, sizes.packed_geometry, dtype, last, scale, bias, residual)
+    activates = (False, None, None, None) if activation is None else (True, *activation)
+    steps = (clamp, *activates, *limits, below)
     if with_bits:
-        operator = torch.ops.binconv.packed_conv2d_with_bits
-        out, bits = operator(*operands, *factors, clamp, *steps, *limits, below)
-        return out, BitTensor(bits, prepared.shape[0])
-    out = packed_conv2d(*operands, *factors, clamp, *steps, *limits, below)
-    return BitTensor(out, prepared.shape[0]) if dtype is None else out
+        out, bits = ops.call("packed_conv2d_with_bits", *operands, *steps)
+        return out, BitTensor(bits, weight.shape[0])
+    out = packed_conv2d(*operands, *steps)
+    return BitTensor(out, weight.shape[0]) if dtype is None else out
 
 
 def _packed_operands(
-    x: Tensor | BitTensor, weight: Tensor | PreparedWeight, dtype: torch.dtype | None, groups: int
-) -> tuple[Tensor, PreparedWeight]:
+    x: Tensor | BitTensor,
+    weight: Tensor | PreparedWeight,
+    dtype: torch.dtype | None,
+    sizes: Sizes,
+) -> tuple[BitTensor, PreparedWeight]:
     if isinstance(x, Tensor):
         _refuse_lost_gradient("x", x, dtype, "a prepared weight")
-        packed = torch.ops.binconv.pack_bits(x, 0.0, None)
-    else:
-        packed = x.data
+        x = BitTensor(ops.call("pack_bits", x, 0.0, None), x.shape[1])
     if isinstance(weight, Tensor):
         _refuse_lost_gradient("weight", weight, dtype, "a BitTensor")
-        weight = prepare_weight(weight, groups)
-    return packed, weight
+        weight = prepare_weight(weight, sizes.geometry[3])
+    return x, weight
 
 
 def _need_gradient(x: object, weight: object, epilogue: Epilogue) -> bool:
@@ -234,39 +270,37 @@ def _need_gradient(x: object, weight: object, epilogue: Epilogue) -> bool:
     return wants_gradient(*operands, *factors)
 
 
-def _convolution(
-    x: Tensor | BitTensor, weight: Tensor | PreparedWeight, geometry: Geometry, channels_last: bool
-) -> Convolution:
-    """A convolution whose operator knows the gradients of everything that it is given."""
-    if isinstance(x, Tensor) and isinstance(weight, Tensor):
-        return lambda *epilogue: _convolve_floats(x, weight, geometry, *epilogue)
-    packed, prepared = _packed_operands(x, weight, torch.float32, geometry[3])
-    operands = (packed, prepared.data, ops.packed_geometry(prepared.shape, *geometry))
-    return lambda scale, bias, residual, dtype: packed_conv2d(
-        *operands, dtype, channels_last, scale, bias, residual
-    )
-
-
-def _convolve_floats(
-    x: Tensor,
-    weight: Tensor,
-    geometry: Geometry,
+def _convolve(
+    x: Tensor | BitTensor,
+    weight: Tensor | PreparedWeight,
+    sizes: Sizes,
+    channels_last: bool,
     scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    if wants_gradient(x, weight, scale, bias, residual):
-        return sign_conv2d(x, weight, geometry, dtype, scale=scale, bias=bias, residual=residual)
-    y: Tensor = torch.ops.binconv.conv2d(x, weight, None, *geometry, scale, bias, residual, dtype)
+    """A convolution whose operator knows the gradients of everything that it is given."""
+    factors = scale, bias, residual
+    if isinstance(x, BitTensor) or isinstance(weight, PreparedWeight):
+        x, weight = _packed_operands(x, weight, dtype, sizes)
+        operands = x.data, weight.data, sizes.packed_geometry
+        return packed_conv2d(*operands, dtype, channels_last, *factors)
+    if wants_gradient(x, weight, *factors):
+        return sign_conv2d(
+            x, weight, sizes.geometry, dtype, scale=scale, bias=bias, residual=residual
+        )
+    y: Tensor = ops.call("conv2d", x, weight, None, *sizes.geometry, *factors, dtype)
     return y
 
 
 def _in_steps(
-    x: Tensor | BitTensor, weight: Tensor | PreparedWeight, geometry: Geometry, epilogue: Epilogue
+    x: Tensor | BitTensor, weight: Tensor | PreparedWeight, sizes: Sizes, epilogue: Epilogue
 ) -> Tensor | tuple[Tensor, BitTensor]:
     """What the fused epilogue computes, to the last bit, in operations that have gradients."""
-    convolve = _convolution(x, weight, geometry, epilogue.channels_last)
+    if isinstance(x, BitTensor) or isinstance(weight, PreparedWeight):
+        x, weight = _packed_operands(x, weight, torch.float32, sizes)
+    convolve = functools.partial(_convolve, x, weight, sizes, epilogue.channels_last)
     scale, bias, residual = epilogue.scale, epilogue.bias, epilogue.residual
     y = convolve(scale, bias, residual, torch.float32)
     if epilogue.clamp:
@@ -318,7 +352,7 @@ def _bits_of(y: Tensor, limits: tuple[float, Tensor | None], below: Tensor | Non
             per_channel = torch.full_like(flip, value, dtype=torch.float32)
         per_channel = torch.where(flip, -per_channel, per_channel)
         y = torch.where(_column(flip), -y, y)
-    return BitTensor(torch.ops.binconv.pack_bits(y, value, per_channel), y.shape[1])
+    return BitTensor(ops.call("pack_bits", y, value, per_channel), y.shape[1])
 
 
 def _checked_residual(
@@ -411,17 +445,17 @@ def _out_dtype(
         return x.dtype if isinstance(x, Tensor) and x.dtype in FLOATS else torch.float32
     if out_dtype == "bits":
         return None
-    if out_dtype not in (*FLOATS, torch.int32):
+    if out_dtype not in OUTPUTS:
         raise ValueError(
             f"out_dtype: got {out_dtype}, expected float32, float16, bfloat16, int32 or 'bits'"
         )
     return out_dtype
 
 
-def _pair(name: str, value: int | Sequence[int]) -> list[int]:
+def _pair(name: str, value: int | Sequence[int]) -> tuple[int, ...]:
     if isinstance(value, int):
-        return [value, value]
-    pair = list(value) if isinstance(value, Sequence) else []
+        return value, value
+    pair = tuple(value) if isinstance(value, Sequence) else ()
     if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
         raise ValueError(f"{name}: got {value!r}, expected an int or a pair of ints")
     return pair
@@ -429,18 +463,18 @@ def _pair(name: str, value: int | Sequence[int]) -> list[int]:
 
 def _pads(
     padding: Padding, strides: Sequence[int], dilations: Sequence[int], kernel: Sequence[int]
-) -> list[int]:
+) -> tuple[int, ...]:
     """(top, left, bottom, right)."""
     if not isinstance(padding, str):
         return _pair("padding", padding) * 2
     if padding == "valid":
-        return [0, 0, 0, 0]
+        return 0, 0, 0, 0
     if padding != "same":
         raise ValueError(f"padding: got {padding!r}, expected 'same', 'valid' or numbers")
-    if list(strides) != [1, 1]:
-        raise ValueError(f"padding: got 'same' with stride {strides}, expected stride 1")
+    if strides != (1, 1):
+        raise ValueError(f"padding: got 'same' with stride {list(strides)}, expected stride 1")
     total = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-    return [t // 2 for t in total] + [t - t // 2 for t in total]
+    return *(t // 2 for t in total), *(t - t // 2 for t in total)
 
 
 def geometry_arguments(

@@ -175,7 +175,7 @@ class BinaryConv2d(nn.Conv2d):
                 ste=self.ste,
                 weight_ste=self.weight_ste if leaf is None else IDENTITY,
             )
-        packed = torch.ops.binconv.pack_bits(x, 0.0, None if shift is None else -shift)
+        packed = ops.call("pack_bits", x, 0.0, None if shift is None else -shift)
         return self._forward_bits(packed, prepared, scale, bias, x.dtype, ops.is_channels_last(x))
 
     def _leaf_of_weight(self) -> Tensor | None:
@@ -231,8 +231,8 @@ class BinaryConv2d(nn.Conv2d):
         rows = self._scales()
         if not rows:
             return _float(self.scale)
-        scale: Tensor = torch.ops.binconv.abs_mean(self.weight.detach(), rows)
-        return scale.expand(self.out_channels).contiguous()
+        scale: Tensor = ops.call("abs_mean", self.weight.detach(), rows)
+        return scale if rows == self.out_channels else scale.expand(self.out_channels).contiguous()
 
     def _keeps_weight(self) -> bool:
         # A parametrized weight is a new tensor at every access: there is nothing to keep. And what
@@ -245,7 +245,8 @@ class BinaryConv2d(nn.Conv2d):
             self._allocate()
         assert self._prepared is not None
         with torch.no_grad():
-            torch.ops.binconv.refresh_weight(
+            ops.call(
+                "refresh_weight",
                 self.weight,
                 self.groups,
                 self.weight_scale == "channel",

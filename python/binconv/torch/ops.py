@@ -9,14 +9,17 @@ padding (top, left, bottom, right); operators on packed bits take them in one li
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 import binconv
+
+T = TypeVar("T")
 
 _library = torch.library.Library("binconv", "DEF")
 
@@ -48,16 +51,79 @@ _library.define(
 )
 
 
+def memoized(function: Callable[..., T]) -> Callable[..., T]:
+    """Remembers what a function gave, unless its sizes are symbolic as they are in a trace."""
+    kept = functools.lru_cache(maxsize=1024, typed=True)(function)
+
+    @functools.wraps(function)
+    def recall(*arguments: Any) -> T:
+        if torch.compiler.is_compiling():
+            return function(*arguments)
+        try:
+            return kept(*arguments)
+        except TypeError:  # Something has no hash.
+            return function(*arguments)
+
+    return recall
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """The operator of that name, or its kernel where the dispatcher would do no more than call it.
+
+    The dispatcher alone takes the host as long as all the rest of a convolution's call.
+    """
+    if torch.compiler.is_compiling() or not reaches_kernel(arguments):
+        return getattr(torch.ops.binconv, name).default(*arguments)
+    return kernels[name](*arguments)
+
+
+def reaches_kernel(arguments: Sequence[Any]) -> bool:
+    """Whether the dispatcher would hand these to an operator's kernel and do nothing else.
+
+    Not so where a mode, a transform or a tracer is on, a profiler wants the operator's name, or a
+    tensor is more than an array on the CPU or a GPU: a subclass, a lazy negative and so on.
+    Autograd, which does nothing unless a gradient is wanted, is left to the caller.
+    """
+    if torch._C._dispatch_tls_local_include_set().raw_repr() not in _PLAIN_STATES:
+        return False
+    if torch._C._autograd._profiler_enabled():
+        return False
+    for x in arguments:  # noqa: SIM110, as all() is slower
+        if isinstance(x, Tensor) and not _is_plain(x):
+            return False
+    return True
+
+
+def _is_plain(x: Tensor) -> bool:
+    if torch.overrides.has_torch_function_unary(x):  # Also where a function mode is on.
+        return False
+    return torch._C._dispatch_keys(x).raw_repr() in _PLAIN_TENSORS
+
+
+def _key_set(*names: str) -> int:
+    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    return functools.reduce(operator.or_, keys).raw_repr()
+
+
+# The dispatch keys outside and inside of torch.inference_mode.
+_PLAIN_STATES = {_key_set("BackendSelect", "ADInplaceOrView"), _key_set("BackendSelect")}
+_PLAIN_TENSORS = {
+    _key_set(device, f"Autocast{device}", *autograd)
+    for device in ("CPU", "CUDA")
+    for autograd in ((f"Autograd{device}", "ADInplaceOrView"), ())
+}
+
+
 def _queue(x: Tensor) -> dict[str, Any]:
     """Where to run: the keyword arguments of the neutral functions for a tensor's device."""
     if x.is_cuda:
-        return {"stream": torch.cuda.current_stream(x.get_device()).cuda_stream}
-    return {"threads": torch.get_num_threads()}
+        return {"stream": torch._C._cuda_getCurrentRawStream(x.get_device()), "threads": None}
+    return {"stream": None, "threads": torch.get_num_threads()}
 
 
-def _place(x: Tensor) -> dict[str, Any]:
-    """The same for the functions that only ask about a device."""
-    return {"device": x.device.index if x.is_cuda else None}
+def _ordinal(x: Tensor) -> int | None:
+    """The argument `device` of the neutral functions for a tensor's device."""
+    return x.device.index if x.is_cuda else None
 
 
 def is_channels_last(x: Tensor) -> bool:
@@ -73,23 +139,28 @@ def _bits(x: Tensor) -> Tensor:
 
 def _dense(x: Tensor) -> tuple[Tensor, Literal["nchw", "nhwc"]]:
     """The array behind a tensor, as its memory lies, and the layout that this makes it."""
-    x = x.detach()
     if is_channels_last(x):
         return x.permute(0, 2, 3, 1), "nhwc"
     return x.contiguous(), "nchw"
 
 
-def _array(x: Tensor) -> Any:
+def _array(x: Tensor | None) -> Any:
     """A tensor for the neutral functions, which take a capsule in a fifth of a tensor's time."""
+    if x is None:
+        return None
     return to_dlpack(x.detach() if x.requires_grad else x)
 
 
 def _pack_bits(x: Tensor, threshold: float, channel_threshold: Tensor | None) -> Tensor:
     array, layout = _dense(x)
     packed = _new_packed(x.shape, x)
-    limit = threshold if channel_threshold is None else _array(channel_threshold)
+    limit = _limit(threshold, channel_threshold)
     binconv.pack_bits(_array(array), _array(packed), layout=layout, threshold=limit, **_queue(x))
     return packed
+
+
+def _limit(threshold: float, channel_threshold: Tensor | None) -> Any:
+    return threshold if channel_threshold is None else _array(channel_threshold)
 
 
 def _new_packed(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -105,8 +176,8 @@ def _fake_pack_bits(x: Tensor, threshold: float, channel_threshold: Tensor | Non
 
 def _unpack_bits(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     out = _fake_unpack_bits(packed, channels, dtype)
-    array = out.permute(0, 2, 3, 1)
-    binconv.unpack_bits(_bits(packed), array, layout="nhwc", **_queue(packed))
+    array = _array(out.permute(0, 2, 3, 1))
+    binconv.unpack_bits(_array(_bits(packed)), array, layout="nhwc", **_queue(packed))
     return out
 
 
@@ -117,7 +188,7 @@ def _fake_unpack_bits(packed: Tensor, channels: int, dtype: torch.dtype) -> Tens
 
 def _abs_mean(x: Tensor, rows: int) -> Tensor:
     out = _fake_abs_mean(x, rows)
-    binconv.abs_mean(x.detach().contiguous(), out, **_queue(x))
+    binconv.abs_mean(_array(x.contiguous()), _array(out), **_queue(x))
     return out
 
 
@@ -135,15 +206,21 @@ def _weight_shape(shape: Sequence[int], groups: int) -> binconv.WeightShape:
 
 def new_prepared(shape: Sequence[int], groups: int, like: Tensor) -> Tensor:
     """Memory for the prepared form of a weight of this shape, on the device of `like`."""
-    size = binconv.prepared_weight_bytes(_weight_shape(shape, groups), **_place(like))
+    size = _prepared_bytes(shape, groups, _ordinal(like))
     return torch.empty(size, dtype=torch.uint8, device=like.device)
+
+
+@memoized
+def _prepared_bytes(shape: Sequence[int], groups: int, device: int | None) -> int:
+    return binconv.prepared_weight_bytes(_weight_shape(shape, groups), device=device)
 
 
 def _prepare_weight(packed: Tensor, in_channels: int, groups: int) -> Tensor:
     out_channels, kernel_height, kernel_width, _ = packed.shape
     shape = (out_channels, in_channels, kernel_height, kernel_width)
     prepared = new_prepared(shape, groups, packed)
-    binconv.prepare_weight(_weight_shape(shape, groups), _bits(packed), prepared, **_queue(packed))
+    arrays = _array(_bits(packed)), _array(prepared)
+    binconv.prepare_weight(_weight_shape(shape, groups), *arrays, **_queue(packed))
     return prepared
 
 
@@ -164,7 +241,7 @@ def _refresh_weight(
         return
     packed = _pack_bits(weight, 0.0, None)
     shape = _weight_shape(weight.shape, groups)
-    binconv.prepare_weight(shape, packed, prepared, **_queue(weight))
+    binconv.prepare_weight(shape, _array(packed), _array(prepared), **_queue(weight))
     if scale.numel():
         scale.copy_(_abs_mean(weight, scale.numel() if per_channel else 1))
     stamp._binconv_source = source  # type: ignore[attr-defined]
@@ -203,9 +280,9 @@ def packed_geometry(
     dilation: Sequence[int],
     groups: int,
     pad_value: int,
-) -> list[int]:
+) -> tuple[int, ...]:
     """The argument `geometry` of the operators on packed bits; weight_shape as in PyTorch."""
-    return [*weight_shape, *stride, *padding, *dilation, groups, pad_value]
+    return *weight_shape, *stride, *padding, *dilation, groups, pad_value
 
 
 def _parts(geometry: Sequence[int]) -> tuple[Any, Any, Any, Any, int, int]:
@@ -215,15 +292,10 @@ def _parts(geometry: Sequence[int]) -> tuple[Any, Any, Any, Any, int, int]:
 
 @functools.lru_cache(maxsize=1024)
 def _plan(
-    batch: int,
-    height: int,
-    width: int,
-    geometry: tuple[int, ...],
-    *,
-    device: int | None,
-    threads: int | None,
+    packed_shape: torch.Size, geometry: tuple[int, ...], device: int | None, threads: int | None
 ) -> tuple[binconv.Conv2dShape, tuple[int, int, int, int], int]:
     """What depends on sizes alone: all of them, those of the result, bytes of scratch memory."""
+    batch, height, width, _ = packed_shape
     weight_shape, stride, padding, dilation, groups, pad_value = _parts(geometry)
     shape = binconv.Conv2dShape(
         batch,
@@ -239,18 +311,7 @@ def _plan(
     return shape, (batch, weight_shape[0], shape.out_height, shape.out_width), scratch
 
 
-def _packed_conv2d(*arguments: Any) -> Tensor:
-    return _run_packed_conv2d(False, *arguments)[0]
-
-
-def _packed_conv2d_with_bits(*arguments: Any) -> tuple[Tensor, Tensor]:
-    out, bits = _run_packed_conv2d(True, *arguments)
-    assert bits is not None
-    return out, bits
-
-
-def _run_packed_conv2d(
-    with_bits: bool,
+def _packed_conv2d(
     packed: Tensor,
     prepared: Tensor,
     geometry: Sequence[int],
@@ -267,20 +328,17 @@ def _run_packed_conv2d(
     threshold: float = 0.0,
     channel_threshold: Tensor | None = None,
     threshold_below: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+    *,
+    bits: Tensor | None = None,
+) -> Tensor:
     queue = _queue(packed)
-    shape, sizes, scratch = _plan(
-        *packed.shape[:3], tuple(geometry), **_place(packed), threads=queue.get("threads")
-    )
+    threads = queue["threads"]
+    shape, sizes, scratch = _plan(packed.shape, tuple(geometry), _ordinal(packed), threads)
     workspace = packed.new_empty(scratch) if scratch else None
     out = _new_output(sizes, packed, out_dtype, channels_last)
-    bits = _new_packed(sizes, packed) if with_bits else None
-    limit: Any = None
-    if with_bits or out_dtype is None:
-        limit = threshold if channel_threshold is None else _array(channel_threshold)
-    shifts_and_slope: Any = None
-    if activation:
-        shifts_and_slope = tuple(_optional_array(x) for x in (in_shift, slope, out_shift))
+    if residual is not None:
+        residual = _in_layout(residual, channels_last).contiguous()
+    makes_bits = out_dtype is None or bits is not None
     binconv.binary_conv2d(
         shape,
         to_dlpack(_bits(packed)),
@@ -288,23 +346,26 @@ def _run_packed_conv2d(
         to_dlpack(out if out_dtype is None else _in_layout(out, channels_last)),
         layout="nhwc" if channels_last else "nchw",
         clamp=clamp,
-        scale=_optional_array(scale),
-        bias=_optional_array(bias),
-        residual=None
-        if residual is None
-        else _array(_in_layout(residual, channels_last).contiguous()),
-        activation=shifts_and_slope,
-        threshold=limit,
-        threshold_below=_optional_array(threshold_below),
-        bits=_optional_array(bits),
-        workspace=_optional_array(workspace),
-        **queue,
+        scale=_array(scale),
+        bias=_array(bias),
+        residual=_array(residual),
+        activation=tuple(map(_array, (in_shift, slope, out_shift))) if activation else None,
+        threshold=_limit(threshold, channel_threshold) if makes_bits else None,
+        threshold_below=_array(threshold_below),
+        bits=_array(bits),
+        workspace=_array(workspace),
+        stream=queue["stream"],  # Quicker than **queue.
+        threads=threads,
     )
-    return out, bits
+    return out
 
 
-def _optional_array(x: Tensor | None) -> Any:
-    return None if x is None else _array(x)
+def _packed_conv2d_with_bits(
+    packed: Tensor, prepared: Tensor, geometry: Sequence[int], *others: Any
+) -> tuple[Tensor, Tensor]:
+    batch, *in_sizes, _ = packed.shape
+    bits = _new_packed(out_sizes(batch, in_sizes, *_parts(geometry)[:4]), packed)
+    return _packed_conv2d(packed, prepared, geometry, *others, bits=bits), bits
 
 
 def _in_layout(x: Tensor, channels_last: bool) -> Tensor:
@@ -317,7 +378,7 @@ def _new_output(
     if out_dtype is None:
         return _new_packed(sizes, like)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return torch.empty(*sizes, dtype=out_dtype, device=like.device, memory_format=memory_format)
+    return torch.empty(sizes, dtype=out_dtype, device=like.device, memory_format=memory_format)
 
 
 def out_sizes(
@@ -458,6 +519,7 @@ for _name, _function, _fake in _OPERATORS:
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _function, _key)
     torch.library.register_fake(f"binconv::{_name}", _fake, lib=_library)
+kernels = {_name: _function for _name, _function, _ in _OPERATORS}
 for _name in ("packed_conv2d_no_grad", "packed_conv2d_with_bits"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 torch.library.register_autograd(
