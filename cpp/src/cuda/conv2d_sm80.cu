@@ -104,8 +104,8 @@ struct Unit {
 __device__ Unit unit_at(const HaloPlan& plan, int32_t index) {
   const int32_t columns = plan.block_channels / kUnitChannels;
   Unit unit = {index / columns * kUnitPixels, index % columns * kUnitChannels};
-  // The last run can have more pixels than the tile; what lies behind those may just be loading.
-  const int32_t last = plan.tile_rows * plan.tile_images * plan.pitch - 1;
+  // The last run can have more pixels than the tile; what their taps reach may just be loading.
+  const int32_t last = (plan.tile_rows * plan.tile_images - 1) * plan.pitch + plan.tile_columns - 1;
 #pragma unroll
   for (int i = 0; i < kRowBlocks; ++i) {
     const int32_t row = threadIdx.x % kWarpPixels;
@@ -120,12 +120,22 @@ __device__ void load_matrices(uint32_t unit, uint32_t (&matrices)[4]) {
   cute::SM75_U32x4_LDSM_N::copy(*row, matrices[0], matrices[1], matrices[2], matrices[3]);
 }
 
+// Whether a pair is a lone tap, whose partner's weights are the atom of zeros.
+__device__ bool is_lone(const HaloConv& conv, const HaloPair& pair) {
+  const HaloPlan& plan = conv.plan;
+  const uint32_t second = (pair.weights & 0xffff) + (pair.weights >> 16);
+  const uint32_t zeros = conv.chunks / 2 * (plan.part_bytes() / kChunkBytes) +
+                         static_cast<uint32_t>(conv.taps * kCoreRows);
+  return !plan.is_streamed && conv.chunks % 2 == 1 && second == zeros;
+}
+
 // halo: the stage, weights: where the warp's channels start, in units of 16 bytes.
 __device__ void multiply_pair(Accumulators& acc, const HaloConv& conv, const Unit& unit,
                               uint32_t halo, uint32_t weights, const HaloPair& pair) {
   const uint32_t lane = threadIdx.x % kWarpSize;
   const uint32_t group_rows = conv.plan.part_atoms() * kCoreRows;
-  halo += (pair.halo & 0xffff) + lane / 16 * (pair.halo >> 16);
+  const bool has_partner = !is_lone(conv, pair);  // Else there may be nothing, or just loading.
+  halo += (pair.halo & 0xffff) + (has_partner ? lane / 16 * (pair.halo >> 16) : 0);
   weights += (pair.weights & 0xffff) + lane / 16 * group_rows + lane % 8 +
              lane / 8 % 2 * (pair.weights >> 16);
   uint32_t a[kRowBlocks][4];
@@ -148,14 +158,10 @@ __device__ void multiply_pair(Accumulators& acc, const HaloConv& conv, const Uni
       multiply(acc[i] + 4 * (j + 1), a[i], b[2], b[3]);
     }
   }
-  // The bits of the pixels, but not of a lone tap's partner, whose weights are the atom of zeros.
-  const uint32_t second = (pair.weights & 0xffff) + (pair.weights >> 16);
-  const uint32_t zeros = conv.chunks / 2 * (conv.plan.part_bytes() / kChunkBytes) +
-                         static_cast<uint32_t>(conv.taps * kCoreRows);
-  const bool is_lone = !conv.plan.is_streamed && conv.chunks % 2 == 1 && second == zeros;
+  // The bits of the pixels, but not of a lone tap's partner.
 #pragma unroll
   for (int i = 0; i < kRowBlocks; ++i) {
-    multiply(acc[i] + 4 * kColumnBlocks, a[i], ~0u, is_lone ? 0 : ~0u);
+    multiply(acc[i] + 4 * kColumnBlocks, a[i], ~0u, has_partner ? ~0u : 0);
   }
 }
 
