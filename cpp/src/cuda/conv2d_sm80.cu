@@ -179,8 +179,7 @@ __device__ void finish(const TileConv& args, const Unit& unit, const Accumulator
     for (int row = 0; row < kLanePixels; ++row) {
       run.window_bits[row] = acc[i][4 * kColumnBlocks + 2 * row];
     }
-    RunTable<kUnitChannels, 1> table(run);
-    store_run(args, lane, run, scale, table);
+    store_run(args, lane, run, scale, load_table(run, 0));
   }
 }
 

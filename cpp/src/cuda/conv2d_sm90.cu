@@ -61,8 +61,7 @@ template <int kChannels>
 constexpr int kThreads = kMultipliers<kChannels> + kWarpgroup;
 constexpr int kStreamedRuns = 2;               // Of a warpgroup.
 constexpr int kListers = kWarpgroupWarps - 1;  // Warps.
-constexpr int kTablesAhead = 1;
-constexpr int kMultipliersBarrier = 1;  // A named one.
+constexpr int kMultipliersBarrier = 1;         // A named one.
 
 struct Barriers {
   ClusterTransactionBarrier halo_full[kMostHaloStages];
@@ -218,9 +217,10 @@ struct Consumer {
 template <int kChannels>
 using Accumulators = int32_t[(kChannels + kOnes) / 2];
 
-template <int kChannels, class Scale, class Table>
+template <int kChannels, class Scale>
 __device__ void finish(const TileConv& args, const Consumer& self, WarpRun<kChannels> run,
-                       const Scale& scale, Table& table, const Accumulators<kChannels>& acc) {
+                       const Scale& scale, const GroupTable& table,
+                       const Accumulators<kChannels>& acc) {
   run.acc = acc;
 #pragma unroll
   for (int row = 0; row < kLanePixels; ++row) run.window_bits[row] = acc[kChannels / 2 + 2 * row];
@@ -295,7 +295,7 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
           listed_pixels(conv, stage.slot) + run * kRunPixels + self.warp * kWarpPixels;
       const auto located =
           locate_run<kChannels>(conv, self.lane, [&](int32_t pixel) { return pixels[pixel]; });
-      RunTable<kChannels, kTablesAhead> table(located);
+      const GroupTable table = load_table(located, 0);
       wgmma_wait<0>();
       __syncwarp();  // All lanes have read their pixels.
       if (run + kConsumers >= plan.runs && cute::elect_one_sync()) {
@@ -399,8 +399,7 @@ __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, cons
       const auto located = locate_run<kChannels>(conv, self.lane, [&](int32_t pixel) {
         return locate_pixel(conv, tile_position(conv, tile), first + pixel);
       });
-      RunTable<kChannels, kTablesAhead> table(located);
-      finish<kChannels>(args, self, located, scale, table, acc[r]);
+      finish<kChannels>(args, self, located, scale, load_table(located, 0), acc[r]);
     }
   }
 }

@@ -14,7 +14,7 @@ namespace binconv::cuda {
 // From accumulators to scale * acc + bias, or to acc where the output is int32.
 template <int kColumns, bool kIsSimple>
 __device__ void scale_group(const TileOutput& out, const WarpRun<kColumns>& run, int group,
-                            const GroupScale& by, const GroupTable& table, Group& y) {
+                            const GroupScale& by, const GroupTable table, Group& y) {
   const bool is_integer = !kIsSimple && out.epilogue.out_type == DataType::kInt32;
   const bool is_clamped = !kIsSimple && out.epilogue.clamp;
 #pragma unroll
@@ -309,24 +309,26 @@ class PlaneMemory {
 };
 
 // The common case, in which nothing is decided for each value or group.
-template <class Memory, int kColumns, class Scale, class Table>
+template <class Memory, int kColumns, class Scale>
 __device__ void store_plain_run(const TileOutput& out, const Lane& lane,
-                                const WarpRun<kColumns>& run, const Scale& scale, Table& table) {
+                                const WarpRun<kColumns>& run, const Scale& scale,
+                                GroupTable table) {
   constexpr int kGroups = kColumns / kGroup;
   const Memory memory(out, lane, run);
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     Group y;
-    scale_group<kColumns, true>(out, run, group, scale.of(group), table.of(group), y);
-    table.advance(run, group);
+    scale_group<kColumns, true>(out, run, group, scale.of(group), table, y);
+    if (group + 1 < kGroups) table = load_table(run, group + 1);
     memory.store(out.data, group, y);
   }
 }
 
 // The residual is loaded at once, so that it is waited for once.
-template <class T, int kColumns, class Scale, class Table>
+template <class T, int kColumns, class Scale>
 __device__ void store_fused_run(const TileOutput& out, const Lane& lane,
-                                const WarpRun<kColumns>& run, const Scale& scale, Table& table) {
+                                const WarpRun<kColumns>& run, const Scale& scale,
+                                GroupTable table) {
   constexpr int kGroups = kColumns / kGroup;
   const Epilogue& epilogue = out.epilogue;
   const PixelMemory<T> memory(out, lane, run);
@@ -341,8 +343,8 @@ __device__ void store_fused_run(const TileOutput& out, const Lane& lane,
 #pragma unroll
   for (int group = 0; group < kGroups; ++group) {
     Group y;
-    scale_group<kColumns, false>(out, run, group, scale.of(group), table.of(group), y);
-    table.advance(run, group);
+    scale_group<kColumns, false>(out, run, group, scale.of(group), table, y);
+    if (group + 1 < kGroups) table = load_table(run, group + 1);
     if (epilogue.residual) add_values(residual[group], y);
     if (epilogue.activation.enabled) activate_group(out, lane, group, y);
     if (epilogue.bits) compare_group(lane, group, y, bytes);
@@ -352,9 +354,9 @@ __device__ void store_fused_run(const TileOutput& out, const Lane& lane,
 }
 
 // Bits alone, from comparing sums with limits.
-template <int kColumns, class Scale, class Table>
+template <int kColumns, class Scale>
 __device__ void store_bits_run(const TileOutput& out, const Lane& lane,
-                               const WarpRun<kColumns>& run, const Scale& limits, Table& table,
+                               const WarpRun<kColumns>& run, const Scale& limits, GroupTable table,
                                uint32_t flipped) {
   constexpr int kGroups = kColumns / kGroup;
   uint32_t bytes[kLanePixels] = {};
@@ -368,21 +370,21 @@ __device__ void store_bits_run(const TileOutput& out, const Lane& lane,
 #pragma unroll
       for (int k = kLaneChannels - 1; k >= 0; --k) {
         const int i = k / kQuad, j = k % kQuad;
-        const int32_t t = table.of(group).rows[row][i].values[j];
+        const int32_t t = table.rows[row][i].values[j];
         const int32_t sum = 4 * accumulator(run, group, row, k) + t;
         const int32_t above = sum + window + __float_as_int(limit.scale[i].values[j]);
         misses = __funnelshift_l(above, misses, 1);
       }
       bytes[row] |= (~misses & 0xff) << 8 * group;
     }
-    table.advance(run, group);
+    if (group + 1 < kGroups) table = load_table(run, group + 1);
   }
   store_bits(out, lane, run, out.data, bytes, flipped);
 }
 
-template <int kColumns, class Scale, class Table>
+template <int kColumns, class Scale>
 __device__ void store_any_run(const TileOutput& out, const Lane& lane, const WarpRun<kColumns>& run,
-                              const Scale& scale, Table& table) {
+                              const Scale& scale, GroupTable table) {
   constexpr int kGroups = kColumns / kGroup;
   void* bits = out.epilogue.out_type == DataType::kBits ? out.data : out.epilogue.bits;
   uint32_t bytes[kLanePixels] = {};
@@ -391,8 +393,8 @@ __device__ void store_any_run(const TileOutput& out, const Lane& lane, const War
     if (lane.first_channel + group * kGroup >= out.channels) break;
     const Place place = locate_group(out, lane, run, group);
     Group y;
-    scale_group<kColumns, false>(out, run, group, scale.of(group), table.of(group), y);
-    table.advance(run, group);
+    scale_group<kColumns, false>(out, run, group, scale.of(group), table, y);
+    if (group + 1 < kGroups) table = load_table(run, group + 1);
     if (out.epilogue.residual) add_residual(out, place, y);
     if (out.epilogue.activation.enabled) activate_group(out, lane, group, y);
     if (bits) compare_group(lane, group, y, bytes);
@@ -414,10 +416,10 @@ __device__ WarpRun<kColumns> locate_run(const HaloConv& conv, const Lane& lane,
   return run;
 }
 
-// With its sums.
-template <int kColumns, class Scale, class Table>
+// With its sums. table: of its first group.
+template <int kColumns, class Scale>
 __device__ void store_run(const TileConv& args, const Lane& lane, const WarpRun<kColumns>& run,
-                          const Scale& scale, Table& table) {
+                          const Scale& scale, GroupTable table) {
   const auto& [conv, out] = args;
   if (lane.compares) {
     const int word = (lane.column - lane.q * kLaneChannels) / kGroup + lane.q;

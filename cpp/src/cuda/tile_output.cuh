@@ -183,35 +183,15 @@ struct GroupTable {
   LaneVector<int32_t> rows[kLanePixels];
 };
 
-// T of a run's groups, of which kAhead are loaded before they are needed: shared memory is slow to
-// answer while it feeds the tensor cores.
-template <int kColumns, int kAhead>
-class RunTable {
- public:
-  explicit __device__ RunTable(const WarpRun<kColumns>& run) {
+template <int kColumns>
+__device__ GroupTable load_table(const WarpRun<kColumns>& run, int group) {
+  GroupTable table;
 #pragma unroll
-    for (int group = 0; group < kLoaded; ++group) load(run, group);
+  for (int row = 0; row < kLanePixels; ++row) {
+    load_lane(run.table[row] + group * kGroup, table.rows[row]);
   }
-
-  __device__ const GroupTable& of(int group) const { return loaded_[group % kLoaded]; }
-
-  // After the last use of a group.
-  __device__ void advance(const WarpRun<kColumns>& run, int group) {
-    if (group + kLoaded < kGroups) load(run, group + kLoaded);
-  }
-
- private:
-  static constexpr int kGroups = kColumns / kGroup, kLoaded = kAhead < kGroups ? kAhead : kGroups;
-
-  __device__ void load(const WarpRun<kColumns>& run, int group) {
-#pragma unroll
-    for (int row = 0; row < kLanePixels; ++row) {
-      load_lane(run.table[row] + group * kGroup, loaded_[group % kLoaded].rows[row]);
-    }
-  }
-
-  GroupTable loaded_[kLoaded];
-};
+  return table;
+}
 
 // What a lane has of pixel `row` of its pixels and channel `channel` of a group's.
 template <int kColumns>
