@@ -40,20 +40,8 @@ cmake -S . -B $build -G Ninja -DCMAKE_BUILD_TYPE=Release -DBINCONV_CUDA=ON \
 cmake --build $build
 wait $wheel
 
-status=0  # A failing part does not stop the rest: one run tells everything.
-ctest --test-dir $build -j "$(nproc)" --output-on-failure >$build/ctest.log &
-ctest=$!
-workers=()
-$python -c "import xdist" 2>/dev/null && workers=(-n "${PYTEST_WORKERS:-8}" --seed=$RANDOM)
-PYTHONPATH="$site" $python -m pytest "${workers[@]}" >$build/pytest.log || status=1
-wait $ctest || status=1
-grep -A9999 "tests passed\|tests failed" $build/ctest.log
-grep -E "^(FAILED|ERROR)" $build/pytest.log || true
-say "ctest: $(counts $build/ctest.log)"
-say "pytest: $(counts $build/pytest.log)"
-
-# Side by side, but not beside the tests, which they would make wait for the GPU. The tests ask for a
-# device that does not exist; memcheck would call the refusal an error.
+# The sanitizers run beside the tests. The tests ask for a device that does not exist; memcheck would
+# call the refusal an error.
 programs=("binconv_tests --device=cuda" "binconv_fuzz 0 40 cuda")
 declare -A sanitizers
 for tool in memcheck racecheck initcheck synccheck; do
@@ -66,6 +54,18 @@ for tool in memcheck racecheck initcheck synccheck; do
     sanitizers[$tool-$i]=$!
   done
 done
+
+status=0  # A failing part does not stop the rest: one run tells everything.
+ctest --test-dir $build -j "$(nproc)" --output-on-failure >$build/ctest.log || status=1
+grep -A9999 "tests passed\|tests failed" $build/ctest.log
+say "ctest: $(counts $build/ctest.log)"
+
+workers=()
+$python -c "import xdist" 2>/dev/null && workers=(-n "${PYTEST_WORKERS:-8}" --seed=$RANDOM)
+PYTHONPATH="$site" $python -m pytest "${workers[@]}" >$build/pytest.log || status=1
+grep -E "^(FAILED|ERROR)" $build/pytest.log || true
+say "pytest: $(counts $build/pytest.log)"
+
 for tool in memcheck racecheck initcheck synccheck; do
   for i in 0 1; do
     wait "${sanitizers[$tool-$i]}" || { status=1; tail -30 $build/$tool-$i.log; }
