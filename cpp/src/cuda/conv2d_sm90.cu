@@ -245,6 +245,27 @@ __device__ void multiply_pair(int32_t (&acc)[kSize], const Operands& at, const H
   wgmma_and_popcount<kAccumulate>(acc, at.halo + pair.halo, at.weights + pair.weights);
 }
 
+// Starts the multiplications of a run. The first one of a warpgroup waits for each part of the
+// weights.
+template <int kSize>
+__device__ void multiply_run(int32_t (&acc)[kSize], const HaloConv& conv, const Operands& at,
+                             Barriers& barriers, bool& has_weights) {
+  const HaloPlan& plan = conv.plan;
+  const HaloPair* pairs = conv.tables.pairs;
+  if (!has_weights) barriers.weights_full[0].wait(0);
+  wgmma_fence();
+  multiply_pair<false>(acc, at, pairs[0]);
+  int32_t k = 1;
+  for (int32_t part = 1; !has_weights && part < plan.parts; ++part) {
+    for (; k < part * conv.taps; ++k) multiply_pair<true>(acc, at, pairs[k]);
+    barriers.weights_full[min(part, kMostParts - 1)].wait(0);
+  }
+  has_weights = true;
+#pragma unroll 4
+  for (; k < plan.pairs; ++k) multiply_pair<true>(acc, at, pairs[k]);
+  wgmma_commit();
+}
+
 // Resident weights: runs are numbered over all tiles of the block. Two warpgroups begin them in
 // turn: if they multiplied at the same time, they would also finish at the same time, and the
 // tensor cores would wait.
@@ -252,7 +273,6 @@ template <int kChannels>
 __device__ void multiply_resident(const TileConv& args, Barriers& barriers, const Consumer& self) {
   const HaloConv& conv = args.conv;
   const HaloPlan& plan = conv.plan;
-  const HaloPair* pairs = conv.tables.pairs;
   const LaneScale<kChannels, true> scale(self.lane);
   constexpr int kConsumers = Block<kChannels>::kConsumers;
   constexpr bool kTakesTurns = kConsumers == 2;
@@ -277,18 +297,7 @@ __device__ void multiply_resident(const TileConv& args, Barriers& barriers, cons
         barriers.turn[self.index].wait(turn);
         turn ^= 1;
       }
-      if (!has_weights) barriers.weights_full[0].wait(0);
-      wgmma_fence();
-      multiply_pair<false>(acc, at, pairs[0]);
-      int32_t k = 1;
-      for (int32_t part = 1; !has_weights && part < plan.parts; ++part) {
-        for (; k < part * conv.taps; ++k) multiply_pair<true>(acc, at, pairs[k]);
-        barriers.weights_full[min(part, kMostParts - 1)].wait(0);
-      }
-      has_weights = true;
-#pragma unroll 4
-      for (; k < plan.pairs; ++k) multiply_pair<true>(acc, at, pairs[k]);
-      wgmma_commit();
+      multiply_run(acc, conv, at, barriers, has_weights);
       if (kTakesTurns && cute::elect_one_sync()) barriers.turn[1 - self.index].arrive();
       barriers.pixels_full[stage.slot].wait(stage.parity);
       const Pixel* pixels =
@@ -325,11 +334,43 @@ __device__ void multiply_stage(int32_t (&acc)[kStreamedRuns][kSize], Operands at
   wgmma_commit();
 }
 
+template <int kSize>
+__device__ void multiply_stage(int32_t (&acc)[kStreamedRuns][kSize], const Operands& at,
+                               const HaloPair* pairs, int32_t taps) {
+  static_assert(kStreamTaps == 4);
+  switch (taps) {
+    case 1:
+      return multiply_stage<1>(acc, at, pairs);
+    case 2:
+      return multiply_stage<2>(acc, at, pairs);
+    case 3:
+      return multiply_stage<3>(acc, at, pairs);
+    default:
+      return multiply_stage<4>(acc, at, pairs);
+  }
+}
+
 // The second warpgroup begins some stages behind the first and so multiplies while that finishes a
 // tile. The buffers must hold what is between them.
 __device__ int32_t stages_ahead(const HaloConv& conv) {
   const int32_t halo = (conv.plan.halo_stages - 1) * ceil_div(conv.taps, kStreamTaps);
   return min(conv.plan.parts / 2, halo);
+}
+
+template <int kChannels, class Scale>
+__device__ void finish_runs(const TileConv& args, const Consumer& self, int32_t tile,
+                            int32_t first_run, const Scale& scale,
+                            const Accumulators<kChannels> (&acc)[kStreamedRuns]) {
+  const HaloConv& conv = args.conv;
+#pragma unroll
+  for (int r = 0; r < kStreamedRuns; ++r) {
+    if (first_run + r >= conv.plan.runs) break;
+    const int32_t first = (first_run + r) * kRunPixels + self.warp * kWarpPixels;
+    const auto located = locate_run<kChannels>(conv, self.lane, [&](int32_t pixel) {
+      return locate_pixel(conv, tile_position(conv, tile), first + pixel);
+    });
+    finish<kChannels>(args, self, located, scale, load_table(located, 0), acc[r]);
+  }
 }
 
 template <int kChannels>
@@ -354,20 +395,7 @@ __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, cons
             operands_at(conv, from, conv.at.weights + weights.slot * plan.part_bytes());
         const HaloPair* pairs = conv.tables.pairs + first;
         barriers.weights_full[weights.slot].wait(weights.parity);
-        static_assert(kStreamTaps == 4);
-        switch (min(conv.taps - first, kStreamTaps)) {
-          case 1:
-            multiply_stage<1>(acc, at, pairs);
-            break;
-          case 2:
-            multiply_stage<2>(acc, at, pairs);
-            break;
-          case 3:
-            multiply_stage<3>(acc, at, pairs);
-            break;
-          default:
-            multiply_stage<4>(acc, at, pairs);
-        }
+        multiply_stage(acc, at, pairs, min(conv.taps - first, kStreamTaps));
         if (self.index == 0 && until_turn >= 0 && until_turn-- == 0 && cute::elect_one_sync()) {
           barriers.turn[1].arrive();
         }
@@ -392,15 +420,7 @@ __device__ void multiply_streamed(const TileConv& args, Barriers& barriers, cons
       barriers.weights_empty[last_weights].arrive();
       barriers.halo_empty[last_halo].arrive();
     }
-#pragma unroll
-    for (int r = 0; r < kStreamedRuns; ++r) {
-      if (first_run + r >= plan.runs) break;
-      const int32_t first = (first_run + r) * kRunPixels + self.warp * kWarpPixels;
-      const auto located = locate_run<kChannels>(conv, self.lane, [&](int32_t pixel) {
-        return locate_pixel(conv, tile_position(conv, tile), first + pixel);
-      });
-      finish<kChannels>(args, self, located, scale, load_table(located, 0), acc[r]);
-    }
+    finish_runs<kChannels>(args, self, tile, first_run, scale, acc);
   }
 }
 
