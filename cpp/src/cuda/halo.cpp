@@ -300,6 +300,65 @@ void list_inside_taps(const Conv2dShape& shape, const HaloPlan& plan, HaloTables
   }
 }
 
+// Lists the pairs of a stage.
+class PairList {
+ public:
+  PairList(const Conv2dShape& shape, const HaloPlan& plan, HaloTables& tables)
+      : shape_(shape),
+        plan_(plan),
+        weight_(prepared_layout(shape.weight)),
+        chunk_step_(int64_t{plan.phases()} * plan.region_pixels),
+        to_(tables.pairs) {}
+
+  // The same tap in two chunks; of streamed weights, the stage has no more.
+  void add_chunks() {
+    const int64_t weights_step = int64_t{plan_.part_taps} * kCoreRows;
+    for (int64_t chunk = 0; chunk + 1 < (plan_.is_streamed ? 2 : weight_.chunks); chunk += 2) {
+      for (int64_t tap = 0; tap < weight_.taps; ++tap) {
+        add(chunk, tap, chunk_step_, weights_step);
+      }
+    }
+  }
+
+  // The taps of a last chunk without a partner, those of a phase with one another. A lone tap is
+  // paired with the tap of zeros, which is the one behind the last.
+  void add_last_chunk() {
+    if (plan_.is_streamed || weight_.chunks % 2 == 0) return;
+    const int64_t chunk = weight_.chunks - 1;
+    for (int64_t phase = 0; phase < plan_.phases(); ++phase) {
+      int64_t first = -1;  // A tap that still has no partner.
+      for (int64_t tap = 0; tap < weight_.taps; ++tap) {
+        if (phase_of(shape_, tap) != phase) continue;
+        if (first < 0) {
+          first = tap;
+          continue;
+        }
+        add(chunk, first, shift(tap) - shift(first), (tap - first) * kCoreRows);
+        first = -1;
+      }
+      if (first >= 0) add(chunk, first, 1, (weight_.taps - first) * kCoreRows);
+    }
+  }
+
+ private:
+  int64_t shift(int64_t tap) const { return tap_shift(shape_, plan_, tap); }
+
+  // A tap of a chunk, and how much further its partner lies.
+  void add(int64_t chunk, int64_t tap, int64_t halo_step, int64_t weights_step) {
+    const int64_t halo = chunk * chunk_step_ + shift(tap);
+    const int64_t slot = plan_.is_streamed ? tap % kStreamTaps : tap;
+    const int64_t weights = chunk / 2 * plan_.part_bytes() / kChunkBytes + slot * kCoreRows;
+    *to_++ = {static_cast<uint32_t>(halo | halo_step << 16),
+              static_cast<uint32_t>(weights | weights_step << 16)};
+  }
+
+  const Conv2dShape& shape_;
+  const HaloPlan& plan_;
+  PreparedLayout weight_;
+  int64_t chunk_step_;
+  HaloPair* to_;
+};
+
 }  // namespace
 
 Border border_of(const AxisShape& a) {
@@ -320,49 +379,11 @@ int64_t tap_shift(const Conv2dShape& shape, const HaloPlan& plan, int64_t tap) {
 }
 
 HaloTables halo_tables(const Conv2dShape& shape, const HaloPlan& plan) {
-  const PreparedLayout weight = prepared_layout(shape.weight);
   HaloTables tables = {};
-  const int64_t chunk_step = int64_t{plan.phases()} * plan.region_pixels;
-  int64_t count = 0;
-  const auto shift = [&](int64_t tap) { return tap_shift(shape, plan, tap); };
-  const auto add = [&](int64_t halo, int64_t halo_step, int64_t weights, int64_t weights_step) {
-    tables.pairs[count++] = {static_cast<uint32_t>(halo | halo_step << 16),
-                             static_cast<uint32_t>(weights | weights_step << 16)};
-  };
   list_inside_taps(shape, plan, tables);
-  const int64_t part_step = plan.part_bytes() / kChunkBytes;
-  const int64_t weight_step = int64_t{plan.part_taps} * kCoreRows;
-  if (plan.is_streamed) {
-    for (int64_t tap = 0; tap < weight.taps; ++tap) {
-      add(shift(tap), chunk_step, tap % kStreamTaps * kCoreRows, weight_step);
-    }
-    return tables;
-  }
-  for (int64_t chunk = 0; chunk + 1 < weight.chunks; chunk += 2) {
-    for (int64_t tap = 0; tap < weight.taps; ++tap) {
-      add(chunk * chunk_step + shift(tap), chunk_step, chunk / 2 * part_step + tap * kCoreRows,
-          weight_step);
-    }
-  }
-  if (weight.chunks % 2 == 0) return tables;
-  const int64_t last = weight.chunks - 1;
-  for (int64_t phase = 0; phase < plan.phases(); ++phase) {
-    int64_t first = -1;
-    for (int64_t tap = 0; tap <= weight.taps; ++tap) {
-      const bool is_end = tap == weight.taps;
-      if (!is_end && phase_of(shape, tap) != phase) continue;
-      if (first < 0) {
-        first = tap;
-        continue;
-      }
-      // A lone tap is paired with the tap of zeros, which is the one behind the last.
-      const int64_t halo_step = is_end ? 1 : shift(tap) - shift(first);
-      add(last * chunk_step + shift(first), halo_step, last / 2 * part_step + first * kCoreRows,
-          (tap - first) * kCoreRows);
-      first = -1;
-      if (is_end) break;
-    }
-  }
+  PairList pairs(shape, plan, tables);
+  pairs.add_chunks();
+  pairs.add_last_chunk();
   return tables;
 }
 
