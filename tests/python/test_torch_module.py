@@ -211,10 +211,13 @@ def test_eval_and_train_give_the_same_numbers_for_one_summation(device):
     assert torch.equal(layer.train()(x), layer.eval()(x))
 
 
-def test_concurrent_calls_in_eval_give_the_same_numbers(device):
-    layer, x = layer_and_input(device, padding=1, out_channels=64)
+@pytest.mark.parametrize("made_in_inference_mode", [False, True])
+def test_concurrent_calls_in_eval_give_the_same_numbers(device, made_in_inference_mode):
+    with torch.inference_mode(made_in_inference_mode):
+        layer, x = layer_and_input(device, padding=1, out_channels=64)
     layer.eval()
-    expected, wrong = layer(x), []
+    with torch.no_grad():
+        expected, wrong = layer(x), []
 
     def work(barrier):
         for _ in range(10):

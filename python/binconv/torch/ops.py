@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -237,14 +238,18 @@ def _refresh_weight(
     The stamp, an empty tensor on the CPU, remembers what they are made from.
     """
     source = None if weight.is_inference() else _Source(weight)  # Inference keeps no version.
-    if source is not None and source.is_same(getattr(stamp, "_binconv_source", None)):
-        return
-    packed = _pack_bits(weight, 0.0, None)
-    shape = _weight_shape(weight.shape, groups)
-    binconv.prepare_weight(shape, _array(packed), _array(prepared), **_queue(weight))
-    if scale.numel():
-        scale.copy_(_abs_mean(weight, scale.numel() if per_channel else 1))
-    stamp._binconv_source = source  # type: ignore[attr-defined]
+    with _refreshing:  # Else one thread could rewrite what another one already uses.
+        if source is not None and source.is_same(getattr(stamp, "_binconv_source", None)):
+            return
+        packed = _pack_bits(weight, 0.0, None)
+        shape = _weight_shape(weight.shape, groups)
+        binconv.prepare_weight(shape, _array(packed), _array(prepared), **_queue(weight))
+        if scale.numel():
+            scale.copy_(_abs_mean(weight, scale.numel() if per_channel else 1))
+        stamp._binconv_source = source  # type: ignore[attr-defined]
+
+
+_refreshing = threading.Lock()
 
 
 class _Identity:
