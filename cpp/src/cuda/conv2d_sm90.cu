@@ -203,6 +203,7 @@ __device__ void list_pixels(const HaloConv& conv, Barriers& barriers, int warp) 
          i += kListers * kWarpSize) {
       list[i] = locate_pixel(conv, at, i);
     }
+    // Each thread for itself: racecheck sees no order between one's writes and another's arrival.
     barriers.pixels_full[stage.slot].arrive();
     stage.advance();
   }

@@ -90,7 +90,7 @@ def sign_conv2d(
         _parameter(weight_ste, progress),
     )
     operator: Any = torch.ops.binconv.sign_conv2d.default
-    if not torch.compiler.is_compiling() and ops.reaches_kernel(inputs):
+    if ops.reaches_kernel(inputs):
         operator = _SignConv2d.apply
     y: Tensor = operator(*inputs)[0]
     return y

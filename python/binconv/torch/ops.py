@@ -73,9 +73,9 @@ def call(name: str, *arguments: Any) -> Any:
 
     The dispatcher alone takes the host as long as all the rest of a convolution's call.
     """
-    if torch.compiler.is_compiling() or not reaches_kernel(arguments):
-        return getattr(torch.ops.binconv, name).default(*arguments)
-    return kernels[name](*arguments)
+    if reaches_kernel(arguments):
+        return kernels[name](*arguments)
+    return getattr(torch.ops.binconv, name).default(*arguments)
 
 
 def reaches_kernel(arguments: Sequence[Any]) -> bool:
@@ -85,6 +85,8 @@ def reaches_kernel(arguments: Sequence[Any]) -> bool:
     tensor is more than an array on the CPU or a GPU: a subclass, a lazy negative and so on.
     Autograd, which does nothing unless a gradient is wanted, is left to the caller.
     """
+    if torch.compiler.is_compiling():
+        return False
     if torch._C._dispatch_tls_local_include_set().raw_repr() not in _PLAIN_STATES:
         return False
     if torch._C._autograd._profiler_enabled():
