@@ -109,6 +109,23 @@ void pack(nb::handle x_object, nb::handle out_object, const std::string& layout_
   pack_bits(image, x.data, x.type, layout, threshold.threshold, out.data, queue);
 }
 
+void pack_and_clip(nb::handle x_object, nb::handle out_object, nb::handle inside_object,
+                   const std::string& layout_name, nb::handle threshold_object, float limit,
+                   OptionalStream stream, OptionalThreads threads) {
+  const Array x = read("x", x_object), out = write("out", out_object);
+  const Array inside = write("inside", inside_object);
+  const Layout layout = layout_from(layout_name);
+  const ImageShape image = image_of(x, layout);
+  x.expect_type(kValueTypes);
+  out.expect_packed(packed_shape(image));
+  inside.expect_packed(packed_shape(image));
+  const ThresholdArgument threshold(threshold_object, image.channels);
+  const Queue queue = queue_for(x, {&out, &inside, pointer(threshold.array)}, stream, threads);
+  nb::gil_scoped_release unlocked;
+  pack_bits_and_clip(image, x.data, x.type, layout, threshold.threshold, limit, out.data,
+                     inside.data, queue);
+}
+
 void unpack(nb::handle packed_object, nb::handle out_object, const std::string& layout_name,
             OptionalStream stream, OptionalThreads threads) {
   const Array packed = read("packed", packed_object), out = write("out", out_object);
@@ -392,6 +409,9 @@ NB_MODULE(_binconv, m) {
   bind_queries(m);
   m.def("pack_bits", pack, "x"_a.none(), "out"_a.none(), nb::kw_only(), "layout"_a = "nchw",
         "threshold"_a = nb::none(), "stream"_a = nb::none(), "threads"_a = nb::none());
+  m.def("pack_bits_and_clip", pack_and_clip, "x"_a.none(), "out"_a.none(), "inside"_a.none(),
+        nb::kw_only(), "layout"_a = "nchw", "threshold"_a = nb::none(), "limit"_a = 1.0f,
+        "stream"_a = nb::none(), "threads"_a = nb::none());
   m.def("unpack_bits", unpack, "packed"_a.none(), "out"_a.none(), nb::kw_only(),
         "layout"_a = "nchw", "stream"_a = nb::none(), "threads"_a = nb::none());
   m.def("prepare_weight", prepare, "shape"_a, "packed"_a.none(), "out"_a.none(), nb::kw_only(),

@@ -93,6 +93,26 @@ def pack_bits(
     threshold: a number, or a float32 array (C,); 0 unless given. -0.0 gives a 1, NaN a 0.
     """
 
+def pack_bits_and_clip(
+    x: Array,
+    out: Array,
+    inside: Array,
+    *,
+    layout: Layout = "nchw",
+    threshold: float | Array | None = None,
+    limit: float = 1.0,
+    stream: int | None = None,
+    threads: int | None = None,
+) -> None:
+    """As pack_bits, and writes to inside the bits of |x - threshold| <= limit.
+
+    That is where the clipped straight-through estimator (Hubara et al., 2016, arXiv:1602.02830)
+    lets a gradient through: threshold - limit <= x <= threshold + limit, both ends in float32.
+
+    inside: as out.
+    limit: finite, at least 0.
+    """
+
 def unpack_bits(
     packed: Array,
     out: Array,

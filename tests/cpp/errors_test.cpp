@@ -124,7 +124,7 @@ TEST(ErrorsQueue, CudaQueueIsNotSupportedByACpuBuild) {
   CHECK_EQ(cuda_devices().size(), 0u);
   const Queue cuda = Queue::cuda(nullptr, 0);
   const Conv2dShape shape = shape_3x3(1, 16, 4, 4, 8);
-  const Buffer a(Queue::cpu(), 4096, 16), b(Queue::cpu(), 4096, 16);
+  const Buffer a(Queue::cpu(), 4096, 16), b(Queue::cpu(), 4096, 16), c(Queue::cpu(), 4096, 16);
   CHECK_ERROR(available_kernels(cuda), Status::kNotSupported, "queue", "CUDA");
   CHECK_ERROR(prepared_weight_bytes(shape.weight, cuda), Status::kNotSupported, "queue", "CUDA");
   CHECK_ERROR(prepare_weight(shape.weight, a.data(), b.data(), cuda), Status::kNotSupported,
@@ -136,6 +136,9 @@ TEST(ErrorsQueue, CudaQueueIsNotSupportedByACpuBuild) {
   const ImageShape image{1, 3, 2, 2};
   CHECK_ERROR(pack_bits(image, a.data(), DataType::kInt8, Layout::kNCHW, {}, b.data(), cuda),
               Status::kNotSupported, "queue", "CUDA");
+  CHECK_ERROR(pack_bits_and_clip(image, a.data(), DataType::kInt8, Layout::kNCHW, {}, 1.0f,
+                                 b.data(), c.data(), cuda),
+              Status::kNotSupported, "queue", "CUDA");
   CHECK_ERROR(unpack_bits(image, a.data(), b.data(), DataType::kInt8, Layout::kNCHW, cuda),
               Status::kNotSupported, "queue", "CUDA");
   CHECK_ERROR(abs_mean(1, 4, a.data(), DataType::kFloat32, b.as<float>(), cuda),
@@ -144,6 +147,7 @@ TEST(ErrorsQueue, CudaQueueIsNotSupportedByACpuBuild) {
                              b.data(), cuda),
               Status::kNotSupported, "queue", "CUDA");
   b.check_untouched("output");
+  c.check_untouched("inside");
 }
 
 TEST(ErrorsQueue, UnknownKernelNameIsRejected) {
@@ -171,7 +175,7 @@ TEST(ErrorsBits, PackedBytesRejectsChannelsBelowOne) {
 
 TEST(ErrorsBits, BadImageSizesAreRejected) {
   for (const Queue& queue : queues()) {
-    const Buffer a(queue, 4096, 16), b(queue, 4096, 16);
+    const Buffer a(queue, 4096, 16), b(queue, 4096, 16), c(queue, 4096, 16);
     const auto check = [&](const ImageShape& shape, const std::vector<std::string>& words) {
       const auto check_call = [&](const char* what, const std::function<void()>& body) {
         check_error(__FILE__, __LINE__, what, body, kInvalid, words);
@@ -179,6 +183,10 @@ TEST(ErrorsBits, BadImageSizesAreRejected) {
       check_call("packed_image_bytes", [&] { packed_image_bytes(shape); });
       check_call("pack_bits", [&] {
         pack_bits(shape, a.data(), DataType::kFloat32, Layout::kNHWC, {}, b.data(), queue);
+      });
+      check_call("pack_bits_and_clip", [&] {
+        pack_bits_and_clip(shape, a.data(), DataType::kFloat32, Layout::kNHWC, {}, 1.0f, b.data(),
+                           c.data(), queue);
       });
       check_call("unpack_bits", [&] {
         unpack_bits(shape, a.data(), b.data(), DataType::kInt8, Layout::kNCHW, queue);
@@ -203,6 +211,7 @@ TEST(ErrorsBits, BadImageSizesAreRejected) {
     }
     check({kTwo31, kTwo31 - 1, kTwo31 - 1, 2}, {text(kTwo31), text(kTwo31 - 1)});
     b.check_untouched("output");
+    c.check_untouched("inside");
   }
 }
 
@@ -244,25 +253,80 @@ TEST(ErrorsBits, BadPointersAreRejected) {
   }
 }
 
+TEST(ErrorsBits, BadPointersOfAClipAreRejected) {
+  const ImageShape shape{1, 3, 2, 2};
+  for (const Queue& queue : queues()) {
+    const Buffer a(queue, 4096, 16), b(queue, 4096, 16), c(queue, 4096, 16);
+    const auto clip = [&](const void* x, void* packed, void* inside, const void* thresholds) {
+      pack_bits_and_clip(shape, x, DataType::kFloat16, Layout::kNCHW,
+                         {0.0f, static_cast<const float*>(thresholds)}, 1.0f, packed, inside,
+                         queue);
+    };
+    CHECK_ERROR(clip(nullptr, b.data(), c.data(), nullptr), kInvalid, "x", "null");
+    CHECK_ERROR(clip(beyond(a.data(), 1), b.data(), c.data(), nullptr), kInvalid, "x",
+                "multiple of 2");
+    CHECK_ERROR(clip(a.data(), nullptr, c.data(), nullptr), kInvalid, "packed", "null");
+    CHECK_ERROR(clip(a.data(), b.data(), nullptr, nullptr), kInvalid, "inside", "null");
+    for (int offset : {1, 4, 8}) {
+      CHECK_ERROR(clip(a.data(), beyond(b.data(), offset), c.data(), nullptr), kInvalid, "packed",
+                  "multiple of 16");
+      CHECK_ERROR(clip(a.data(), b.data(), beyond(c.data(), offset), nullptr), kInvalid, "inside",
+                  "multiple of 16");
+    }
+    CHECK_ERROR(clip(a.data(), b.data(), c.data(), beyond(a.data(), 2)), kInvalid, "threshold",
+                "multiple of 4");
+    b.check_untouched("packed");
+    c.check_untouched("inside");
+  }
+}
+
+TEST(ErrorsBits, BadLimitIsRejected) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  constexpr float kSmallest = std::numeric_limits<float>::denorm_min();
+  for (const Queue& queue : queues()) {
+    const Buffer a(queue, 4096, 16), b(queue, 4096, 16), c(queue, 4096, 16);
+    for (const ImageShape& shape : {ImageShape{1, 3, 2, 2}, ImageShape{0, 3, 2, 2}}) {
+      const auto clip = [&](float limit) {
+        pack_bits_and_clip(shape, a.data(), DataType::kInt8, Layout::kNCHW, {}, limit, b.data(),
+                           c.data(), queue);
+      };
+      CHECK_ERROR(clip(-1.5f), kInvalid, "limit", "-1.5", "at least 0");
+      CHECK_ERROR(clip(-kSmallest), kInvalid, "limit", "at least 0");
+      CHECK_ERROR(clip(kNaN), kInvalid, "limit", "nan", "finite");
+      CHECK_ERROR(clip(kInfinity), kInvalid, "limit", "inf", "finite");
+      CHECK_ERROR(clip(-kInfinity), kInvalid, "limit", "-inf", "finite");
+    }
+    b.check_untouched("packed");
+    c.check_untouched("inside");
+  }
+}
+
 TEST(ErrorsBits, WrongTypesAndLayoutsAreRejected) {
   const ImageShape shape{1, 3, 2, 2};
   for (const Queue& queue : queues()) {
-    const Buffer a(queue, 4096, 16), b(queue, 4096, 16);
+    const Buffer a(queue, 4096, 16), b(queue, 4096, 16), c(queue, 4096, 16);
+    const auto clip = [&](DataType type, Layout layout) {
+      pack_bits_and_clip(shape, a.data(), type, layout, {}, 1.0f, b.data(), c.data(), queue);
+    };
     for (DataType type : {DataType::kInt32, DataType::kBits, static_cast<DataType>(99)}) {
       const char* name = type == DataType::kInt32  ? "int32"
                          : type == DataType::kBits ? "bits"
                                                    : "unknown";
       CHECK_ERROR(pack_bits(shape, a.data(), type, Layout::kNCHW, {}, b.data(), queue), kInvalid,
                   "type", name, "float16");
+      CHECK_ERROR(clip(type, Layout::kNCHW), kInvalid, "type", name, "float16");
       CHECK_ERROR(unpack_bits(shape, a.data(), b.data(), type, Layout::kNCHW, queue), kInvalid,
                   "type", name, "float16");
     }
     const Layout layout = static_cast<Layout>(7);
     CHECK_ERROR(pack_bits(shape, a.data(), DataType::kInt8, layout, {}, b.data(), queue), kInvalid,
                 "layout", "7");
+    CHECK_ERROR(clip(DataType::kInt8, layout), kInvalid, "layout", "7");
     CHECK_ERROR(unpack_bits(shape, a.data(), b.data(), DataType::kInt8, layout, queue), kInvalid,
                 "layout", "7");
     b.check_untouched("output");
+    c.check_untouched("inside");
   }
 }
 

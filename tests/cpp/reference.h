@@ -221,6 +221,11 @@ inline float activation(float y, const float* in_shift, const float* slope,
   return y;
 }
 
+// Whether |x - threshold| <= limit, for the gradient of a clipped straight-through estimator.
+inline bool is_inside(float x, float threshold, float limit) {
+  return sum(threshold, -limit) <= x && x <= sum(threshold, limit);
+}
+
 inline int bit(float y, float threshold, bool below) {
   if (std::isnan(y) || std::isnan(threshold)) return 0;
   if (y == threshold) return 1;

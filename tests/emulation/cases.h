@@ -9,7 +9,7 @@ namespace binconv::emulation {
 // are all drawn from the seed.
 void check_random_conv2d(const char* kernel, uint64_t seed);
 
-// The same for pack_bits and unpack_bits of a random image.
+// The same for pack_bits, pack_bits_and_clip and unpack_bits of a random image.
 void check_random_bits(uint64_t seed);
 
 }  // namespace binconv::emulation

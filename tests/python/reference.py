@@ -15,6 +15,15 @@ def bits_of(x, threshold=0.0, below=False):
     return np.where(np.asarray(below, bool).reshape(-1, 1, 1), x <= threshold, x >= threshold)
 
 
+def inside_of(x, threshold, limit):
+    """Which values of (N,C,H,W) are at most `limit` from `threshold`, one or one per channel, both
+    ends in float32."""
+    threshold, limit = np.asarray(threshold, np.float32).reshape(-1, 1, 1), np.float32(limit)
+    x = x.astype(np.float32)
+    with np.errstate(over="ignore"):
+        return (threshold - limit <= x) & (x <= threshold + limit)
+
+
 def pack(bits):
     """Booleans (N,C,H,W) as a packed image: channel c is bit c % 8 of byte c / 8."""
     batch, channels, height, width = bits.shape

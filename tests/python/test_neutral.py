@@ -77,6 +77,19 @@ def pack(x, layout="nchw", **options):
     return out.array
 
 
+def pack_and_clip(x, layout="nchw", **options):
+    """The same of binconv.pack_bits_and_clip, both results."""
+    batch, channels, height, width = x.shape
+    size = (batch, height, width, packed_bytes(channels))
+    out, inside = Guarded(size, np.uint8), Guarded(size, np.uint8)
+    binconv.pack_bits_and_clip(
+        nhwc(x) if layout == "nhwc" else x, out.array, inside.array, layout=layout, **options
+    )
+    out.assert_guards_intact()
+    inside.assert_guards_intact()
+    return out.array, inside.array
+
+
 def conv_shape(x, w, groups=1, **geometry):
     batch, channels, height, width = x.shape
     out_channels, _, kernel_height, kernel_width = w.shape
@@ -279,11 +292,58 @@ def test_threshold_is_compared_in_float32():
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", VALUE_TYPES)
+@pytest.mark.parametrize("limit", [0, 0.5, 1.3, np.float32(2), 70000, 3e38])
+def test_clip_matches_reference(limit, dtype, layout):
+    rng = np.random.default_rng(29)
+    x = (rng.standard_normal((2, 133, 5, 9)) * 3).astype(dtype)
+    per_channel = (rng.standard_normal(133) * 3).astype(np.float32)
+    per_channel[:5] = [np.nan, np.inf, -np.inf, -0.0, 3e38]
+    per_channel[5::2] = x[0, 5::2, 0, 0]
+    for sign, index in ((-1, 1), (1, 2)):
+        end = per_channel[5::2] + sign * np.float32(limit)
+        if dtype != np.int8:
+            with np.errstate(over="ignore"):
+                x[0, 5::2, 0, index] = end
+    for threshold in (0, -0.7, np.inf, -np.inf, np.nan, per_channel):
+        out, inside = pack_and_clip(x, layout, threshold=threshold, limit=limit)
+        np.testing.assert_array_equal(out, reference.pack(reference.bits_of(x, threshold)))
+        expected = reference.pack(reference.inside_of(x, threshold, limit))
+        np.testing.assert_array_equal(inside, expected, err_msg=f"threshold {threshold}")
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+def test_clip_includes_its_ends_and_nothing_beyond(dtype):
+    ends = np.array([-0.75, 1.25], dtype)
+    beyond = np.nextafter(ends, np.array([-np.inf, np.inf], dtype))
+    values = np.array([*ends, *beyond, 0.25, np.nan, np.inf, -np.inf], dtype).reshape(1, 8, 1, 1)
+    out, inside = pack_and_clip(values, threshold=0.25)  # The limit is 1 unless given.
+    assert out[0, 0, 0, 0] == 0b01011010
+    assert inside[0, 0, 0, 0] == 0b00010011
+
+
+def test_every_float16_is_clipped_in_float32():
+    half = np.arange(65536).astype(np.uint16).view(np.float16).reshape(1, 256, 16, 16)
+    for threshold, limit in ((0, 1.3), (0.1, 0), (1e-8, 1e-8), (-1, 70000), (65504, 0.1)):
+        expected = reference.pack(reference.inside_of(half, threshold, limit))
+        for layout in ("nchw", "nhwc"):
+            got = pack_and_clip(half, layout, threshold=threshold, limit=limit)[1]
+            np.testing.assert_array_equal(got, expected, err_msg=f"{threshold}, {limit}")
+
+
+def test_clip_of_nothing_writes_nothing():
+    for shape in ((0, 5, 4, 4), (2, 5, 0, 4), (2, 5, 4, 0)):
+        out, inside = pack_and_clip(np.zeros(shape, np.float32))
+        assert out.size == inside.size == 0
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_unused_bits_are_zero_whatever_was_in_out(layout):
     for channels in range(1, 131):
         packed = pack(np.ones((1, channels, 2, 3), np.int8), layout)
-        count = np.unpackbits(packed.reshape(6, -1), axis=1).sum(axis=1)
-        assert np.all(count == channels)
+        for bits in (packed, *pack_and_clip(np.ones((1, channels, 2, 3), np.int8), layout)):
+            count = np.unpackbits(bits.reshape(6, -1), axis=1).sum(axis=1)
+            assert np.all(count == channels)
 
 
 def test_pack_of_nothing_writes_nothing():
@@ -875,6 +935,9 @@ def valid_arguments(function):
     shape = conv_shape(x, w)
     if function == "pack_bits":
         return {"x": x.astype(np.float32), "out": Guarded((2, 5, 5, 16), np.uint8)}
+    if function == "pack_bits_and_clip":
+        out, inside = (Guarded((2, 5, 5, 16), np.uint8) for _ in range(2))
+        return {"x": x.astype(np.float32), "out": out, "inside": inside}
     if function == "unpack_bits":
         return {"packed": aligned(reference.pack(x > 0)), "out": Guarded(x.shape, np.float32)}
     if function == "prepare_weight":
@@ -897,6 +960,7 @@ def valid_arguments(function):
 
 FUNCTIONS = (
     "pack_bits",
+    "pack_bits_and_clip",
     "unpack_bits",
     "prepare_weight",
     "binary_conv2d",
@@ -965,6 +1029,7 @@ BAD_ARRAYS = [
         (function, {name: value}, TypeError, name, got)
         for function, names in (
             ("pack_bits", ("x", "out")),
+            ("pack_bits_and_clip", ("x", "out", "inside")),
             ("unpack_bits", ("packed", "out")),
             ("prepare_weight", ("packed", "out")),
             ("binary_conv2d", ("input", "prepared_weight", "out")),
@@ -991,6 +1056,17 @@ BAD_ARRAYS = [
     ("binary_conv2d", {"threshold": -(10**400)}, ValueError, "threshold", "."),
     ("pack_bits", {"threshold": "0.5"}, TypeError, "threshold", "str"),
     ("pack_bits", {"threshold": [0.5]}, TypeError, "threshold", "list"),
+    *(
+        ("pack_bits_and_clip", {"limit": limit}, ValueError, "limit", got)
+        for limit, got in (
+            (-1, "-1"),
+            (-1e-45, "-1"),
+            (np.nan, "nan"),
+            (np.inf, "inf"),
+            (-np.inf, "-inf"),
+            (1e39, "inf"),  # As a float32.
+        )
+    ),
     ("binary_conv2d", {"threshold": [0.5]}, TypeError, "threshold", "list"),
     *(
         ("binary_conv2d", {"activation": parts}, TypeError, name, "list")
@@ -1034,6 +1110,15 @@ BAD_ARRAYS = [
     ("pack_bits", {"x": np.ones((2, 16, 5, 5), np.complex64)}, ValueError, "x", "complex|64"),
     ("pack_bits", {"out": poisoned(2, 5, 5, 16, dtype=np.int8)}, ValueError, "out", "int8"),
     ("pack_bits", {"out": poisoned(2, 5, 5, 16)}, ValueError, "out", "float32"),
+    (
+        "pack_bits_and_clip",
+        {"inside": poisoned(2, 5, 5, 16, dtype=np.int8)},
+        ValueError,
+        "inside",
+        "int8",
+    ),
+    ("pack_bits_and_clip", {"inside": poisoned(2, 5, 5, 16)}, ValueError, "inside", "float32"),
+    ("pack_bits_and_clip", {"threshold": np.zeros(16)}, ValueError, "threshold", "64"),
     ("pack_bits", {"threshold": np.zeros(16)}, ValueError, "threshold", "64"),
     ("pack_bits", {"threshold": np.zeros(16, np.float16)}, ValueError, "threshold", "float16"),
     ("unpack_bits", {"packed": np.zeros((2, 5, 5, 16), np.int8)}, ValueError, "packed", "int8"),
@@ -1097,6 +1182,17 @@ BAD_ARRAYS = [
     ),
     ("pack_bits", {"out": poisoned(800, dtype=np.uint8)}, ValueError, "out", "(800,)"),
     ("pack_bits", {"layout": "nhwc"}, ValueError, "out", "(2, 5, 5, 16)"),
+    *(
+        (
+            "pack_bits_and_clip",
+            {"inside": poisoned(*shape, dtype=np.uint8)},
+            ValueError,
+            "inside",
+            str(shape),
+        )
+        for shape in ((2, 5, 5, 32), (2, 16, 5, 5), (1, 5, 5, 16), (800,))
+    ),
+    ("pack_bits_and_clip", {"threshold": floats(15)}, ValueError, "threshold", "(15,)"),
     ("pack_bits", {"threshold": floats(15)}, ValueError, "threshold", "(15,)"),
     ("pack_bits", {"threshold": floats(16, 1)}, ValueError, "threshold", "(16, 1)"),
     ("unpack_bits", {"packed": packed_zeros(2, 5, 5, 32)}, ValueError, "packed", "(2, 5, 5, 32)"),
@@ -1196,6 +1292,23 @@ BAD_ARRAYS = [
     ("pack_bits", {"x": floats(2, 5, 5, 16).transpose(0, 3, 1, 2)}, ValueError, "x", "stride"),
     ("pack_bits", {"x": np.broadcast_to(floats(1), (2, 16, 5, 5))}, ValueError, "x", "stride 0"),
     ("pack_bits", {"out": every_other(2, 5, 5, 16, dtype=np.uint8)}, ValueError, "out", "stride 2"),
+    (
+        "pack_bits_and_clip",
+        {"inside": every_other(2, 5, 5, 16, dtype=np.uint8)},
+        ValueError,
+        "inside",
+        "stride 2",
+    ),
+    *(
+        (
+            "pack_bits_and_clip",
+            {"inside": poisoned(2, 5, 5, 16, dtype=np.uint8, offset=offset)},
+            ValueError,
+            "inside",
+            "address",
+        )
+        for offset in (1, 8)
+    ),
     ("pack_bits", {"threshold": floats(32)[::2]}, ValueError, "threshold", "stride 2"),
     (
         "pack_bits",
@@ -1322,7 +1435,13 @@ BAD_ARRAYS = [
     # Layout, stream, threads, kernel.
     *(
         (function, {"layout": "hwcn"}, ValueError, "layout", "hwcn")
-        for function in ("pack_bits", "unpack_bits", "binary_conv2d", "scale_channels")
+        for function in (
+            "pack_bits",
+            "pack_bits_and_clip",
+            "unpack_bits",
+            "binary_conv2d",
+            "scale_channels",
+        )
     ),
     (
         "binary_conv2d",
@@ -1379,7 +1498,7 @@ def test_bad_argument_is_refused_by_name_and_nothing_is_written(
         arguments["shape"] = make(**arguments["shape"])
     with pytest.raises(error) as raised:
         call(function, arguments)
-    for output in (arguments["out"], arguments.get("bits")):
+    for output in (arguments["out"], arguments.get("bits"), arguments.get("inside")):
         if isinstance(output, Guarded):
             output.assert_untouched()
     assert_message(str(raised.value), name, got)
@@ -1391,6 +1510,24 @@ def test_read_only_out_is_refused(function):
     read_only(arguments["out"])
     with pytest.raises((TypeError, ValueError), match=r"out.*expected.*writable"):
         call(function, arguments)
+    arguments["out"].assert_untouched()
+
+
+def test_read_only_inside_is_refused():
+    arguments = valid_arguments("pack_bits_and_clip")
+    read_only(arguments["inside"])
+    with pytest.raises((TypeError, ValueError), match=r"inside.*expected.*writable"):
+        call("pack_bits_and_clip", arguments)
+    arguments["inside"].assert_untouched()
+    arguments["out"].assert_untouched()
+
+
+@pytest.mark.parametrize("limit", [None, "1", [1.0], np.ones(16, np.float32), 10**400])
+def test_limit_that_is_no_number_is_refused(limit):
+    arguments = valid_arguments("pack_bits_and_clip")
+    with pytest.raises((TypeError, ValueError, OverflowError), match="limit"):
+        call("pack_bits_and_clip", arguments | {"limit": limit})
+    arguments["inside"].assert_untouched()
     arguments["out"].assert_untouched()
 
 
@@ -1635,6 +1772,12 @@ def test_torch_tensors_are_taken_on_their_device(device, dtype):
     packed = torch.full((2, 6, 7, 16), 255, dtype=torch.uint8, device=device)
     binconv.pack_bits(x.to(getattr(torch, dtype)), packed, **where)
     np.testing.assert_array_equal(packed.cpu().numpy(), reference.pack(x.cpu().numpy() > 0))
+    clipped, inside = torch.full_like(packed, 255), torch.full_like(packed, 255)
+    binconv.pack_bits_and_clip(
+        x.to(getattr(torch, dtype)), clipped, inside, threshold=-0.5, limit=0.5, **where
+    )
+    assert torch.equal(clipped, packed)
+    np.testing.assert_array_equal(inside.cpu().numpy(), reference.pack(x.cpu().numpy() < 0))
     values = torch.zeros(2, 6, 7, 40, dtype=getattr(torch, dtype), device=device)
     binconv.unpack_bits(packed, values, layout="nhwc", **where)
     assert torch.equal(values.permute(0, 3, 1, 2).float(), x.float())

@@ -38,6 +38,14 @@ struct Threshold {
 BINCONV_API void pack_bits(const ImageShape& shape, const void* x, DataType type, Layout layout,
                            const Threshold& threshold, void* packed, const Queue& queue);
 
+// The same, and for the gradient of a clipped straight-through estimator (Hubara et al., 2016,
+// arXiv:1602.02830) in `inside`, packed like `packed`, the bits of |x - threshold| <= limit: with
+// both ends rounded to float32, threshold - limit <= x <= threshold + limit. A GPU reads x once.
+// limit: finite, at least 0; else kInvalidArgument.
+BINCONV_API void pack_bits_and_clip(const ImageShape& shape, const void* x, DataType type,
+                                    Layout layout, const Threshold& threshold, float limit,
+                                    void* packed, void* inside, const Queue& queue);
+
 // x = +1 or -1 for every bit. `type` is kFloat32, kFloat16, kBFloat16 or kInt8, x dense in
 // `layout`.
 BINCONV_API void unpack_bits(const ImageShape& shape, const void* packed, void* x, DataType type,

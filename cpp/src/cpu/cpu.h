@@ -1,5 +1,6 @@
 #pragma once
 
+#include "clip_bits.h"
 #include "kernel_table.h"
 
 // The CPU backend: the library's operations on host memory, arguments already checked.
@@ -9,7 +10,7 @@ namespace binconv::cpu {
 CpuFeatures features();
 
 void pack_bits(const ImageShape& shape, const void* x, DataType type, Layout layout,
-               const Threshold& threshold, uint8_t* packed, int threads);
+               const Threshold& threshold, uint8_t* packed, const ClipBits& clip, int threads);
 void unpack_bits(const ImageShape& shape, const uint8_t* packed, void* x, DataType type,
                  Layout layout, int threads);
 void abs_mean(int64_t rows, int64_t columns, const void* x, DataType type, float* out, int threads);

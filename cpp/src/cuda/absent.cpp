@@ -15,7 +15,7 @@ int compute_capability(int) { fail_without_cuda(); }
 std::vector<CudaDevice> devices() { return {}; }
 
 void pack_bits(const ImageShape&, const void*, DataType, Layout, const Threshold&, uint8_t*,
-               const Queue&) {
+               const ClipBits&, const Queue&) {
   fail_without_cuda();
 }
 void unpack_bits(const ImageShape&, const uint8_t*, void*, DataType, Layout, const Queue&) {

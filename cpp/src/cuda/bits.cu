@@ -201,6 +201,34 @@ __device__ uint32_t compare_each(const Piece<T>& piece,
   return bits;
 }
 
+// The bits of values whose distance from the threshold is at most `limit`.
+template <class T>
+struct Within {
+  __device__ Within(float threshold, float limit)
+      : low(threshold - limit), above(next_above(threshold + limit)) {}
+
+  __device__ uint32_t operator()(const Piece<T>& piece) const { return low(piece) & ~above(piece); }
+
+  // The least number above; nothing is at or above NaN.
+  static __device__ float next_above(float x) {
+    return x < INFINITY ? nextafterf(x, INFINITY) : NAN;
+  }
+
+  Comparison<T> low, above;
+};
+
+template <class T>
+__device__ uint32_t within_each(const Piece<T>& piece, float limit,
+                                const float (&thresholds)[kPieceValues<T>]) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < kPieceValues<T>; ++i) {
+    const float x = to_float(piece[i]), threshold = thresholds[i];
+    if (x >= threshold - limit && x <= threshold + limit) bits |= 1u << i;
+  }
+  return bits;
+}
+
 template <class T>
 __device__ bool is_whole(const Array<const T>& x, int64_t offset) {
   return offset >= 0 && offset + kPieceValues<T> <= x.count;
@@ -216,10 +244,10 @@ __device__ Piece<T> load_partly(const Array<const T>& x, int64_t offset) {
   return piece;
 }
 
-// Makes bits[i] of piece i, with pack(piece, slot).
+// Calls pack(index, piece, slot) for every piece.
 template <class T, class Pack>
 __device__ void pack_pieces(const Array<const T>& x, const TilePieces<T>& pieces,
-                            int32_t row_values, PieceBits<T>* bits, const Pack& pack) {
+                            int32_t row_values, const Pack& pack) {
   constexpr int kBatch = 64 / sizeof(Piece<T>);  // With all their loads in flight.
   const uint32_t count = pieces.count();
   // Of the first and the last tile, these may reach beyond the array: the first and the last piece,
@@ -240,15 +268,21 @@ __device__ void pack_pieces(const Array<const T>& x, const TilePieces<T>& pieces
     }
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {
-      if (is_used[k]) bits[i + k * kThreads] = static_cast<PieceBits<T>>(pack(batch[k], slots[k]));
+      if (is_used[k]) pack(i + k * kThreads, batch[k], slots[k]);
     }
   }
   if (is_inside) return;
   for (uint32_t i = threadIdx.x; i < count; i += kThreads) {
     const Slot slot = pieces[i];
     if ((i >= first && i < end) || slot.first >= row_values) continue;
-    bits[i] = static_cast<PieceBits<T>>(pack(load_partly(x, slot.offset), slot));
+    pack(i, load_partly(x, slot.offset), slot);
   }
+}
+
+// The bits of a piece, among those of all pieces.
+template <class T>
+__device__ void set_bits(uint32_t* words, uint32_t index, uint32_t bits) {
+  reinterpret_cast<PieceBits<T>*>(words)[index] = static_cast<PieceBits<T>>(bits);
 }
 
 // 32 bits from bit `first` on. The word behind them is read, too.
@@ -262,34 +296,51 @@ __device__ uint32_t low_bits(int32_t count) {
   return count < kWordBits ? (1u << count) - 1 : ~0u;
 }
 
+// Where packed bits go: those of the threshold, and those of the clip if they are asked for.
+struct Packed {
+  Chunk* bits[2];
+  float limit;
+
+  __device__ bool has_clip() const { return bits[1] != nullptr; }
+};
+
 template <bool kPerChannel, class T>
 __global__ void __launch_bounds__(kThreads, kPackingBlocks)
     pack_nhwc(NhwcTiles tiles, Array<const T> x, Divisor row_pieces, Threshold threshold,
-              Chunk* packed) {
+              Packed packed) {
   constexpr int kMargin = kWordBits + kChunkBits;  // For the lead and for chunks of few channels.
-  __shared__ uint32_t words[(NhwcTiles::kMaxValues + kMargin) / kWordBits];
+  __shared__ uint32_t words[2][(NhwcTiles::kMaxValues + kMargin) / kWordBits];
   const Comparison<T> compare(threshold.value);
+  const Within<T> is_within(threshold.value, packed.limit);
+  await_previous_kernel();
   for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
     const NhwcTiles::Tile tile = tiles.at(i);
     const TilePieces<T> pieces(x.lead, tile.rows, row_pieces);
-    pack_pieces(x, pieces, tile.rows.values, reinterpret_cast<PieceBits<T>*>(words),
-                [&](const Piece<T>& piece, const Slot& slot) {
-                  if constexpr (!kPerChannel) return compare(piece);
-                  float thresholds[kPieceValues<T>];
-                  load_thresholds(threshold.per_channel, tiles.channels(), -slot.first,
-                                  tiles.value_at(tile, max(slot.first, 0)).channel, thresholds);
-                  return compare_each(piece, thresholds);
-                });
-    __syncthreads();
-    for (int32_t k = threadIdx.x; k < tile.chunks; k += kThreads) {
-      const NhwcTiles::Chunk at = tiles.chunk_at(tile, k);
-      Chunk chunk;
-#pragma unroll
-      for (int j = 0; j < kChunkWords; ++j) {
-        chunk.values[j] = bits_at(words, pieces.row_start(0) + at.first_value + j * kWordBits) &
-                          low_bits(at.channels - j * kWordBits);
+    const auto pack = [&](uint32_t index, const Piece<T>& piece, const Slot& slot) {
+      float thresholds[kPieceValues<T>];
+      if constexpr (kPerChannel) {
+        load_thresholds(threshold.per_channel, tiles.channels(), -slot.first,
+                        tiles.value_at(tile, max(slot.first, 0)).channel, thresholds);
       }
-      packed[tile.first_chunk + k] = chunk;
+      set_bits<T>(words[0], index, kPerChannel ? compare_each(piece, thresholds) : compare(piece));
+      if (!packed.has_clip()) return;
+      set_bits<T>(words[1], index,
+                  kPerChannel ? within_each(piece, packed.limit, thresholds) : is_within(piece));
+    };
+    pack_pieces(x, pieces, tile.rows.values, pack);
+    __syncthreads();
+    for (int n = 0; n <= packed.has_clip(); ++n) {
+      for (int32_t k = threadIdx.x; k < tile.chunks; k += kThreads) {
+        const NhwcTiles::Chunk at = tiles.chunk_at(tile, k);
+        const uint32_t first = pieces.row_start(0) + at.first_value;
+        Chunk chunk;
+#pragma unroll
+        for (int j = 0; j < kChunkWords; ++j) {
+          chunk.values[j] =
+              bits_at(words[n], first + j * kWordBits) & low_bits(at.channels - j * kWordBits);
+        }
+        packed.bits[n][tile.first_chunk + k] = chunk;
+      }
     }
     __syncthreads();
   }
@@ -313,32 +364,42 @@ __device__ uint32_t transpose(uint32_t word) {
 template <bool kPerChannel, class T>
 __global__ void __launch_bounds__(kThreads, kPackingBlocks)
     pack_nchw(NchwTiles tiles, Array<const T> x, Divisor row_pieces, Threshold threshold,
-              Chunk* packed) {
+              Packed packed) {
   constexpr int kRowBits = NchwTiles::kMaxPixels + kWordBits;
-  __shared__ uint32_t words[kChunkBits * kRowBits / kWordBits];
+  __shared__ uint32_t words[2][kChunkBits * kRowBits / kWordBits];
   const Comparison<T> compare(threshold.value);
+  const Within<T> is_within(threshold.value, packed.limit);
+  await_previous_kernel();
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
     const NchwTiles::Tile tile = tiles.at(i);
     const TilePieces<T> pieces(x.lead, tile.rows, row_pieces);
-    pack_pieces(x, pieces, tile.rows.values, reinterpret_cast<PieceBits<T>*>(words),
-                [&](const Piece<T>& piece, const Slot& slot) {
-                  if constexpr (!kPerChannel) return compare(piece);
-                  const int64_t channel = tile.chunk * kChunkBits + slot.row;
-                  return Comparison<T>(threshold.per_channel[channel])(piece);
-                });
-    __syncthreads();
-    for (int first = warp * kWarpSize; first < tile.rows.values; first += kThreads) {
-      Chunk chunk = {};
-#pragma unroll
-      for (int j = 0; j < kChunkWords; ++j) {
-        if (j * kWordBits >= tile.rows.count) break;
-        const int row = j * kWordBits + lane;
-        const bool is_channel = row < tile.rows.count;
-        chunk.values[j] = transpose(is_channel ? bits_at(words, pieces.row_start(row) + first) : 0);
+    const auto pack = [&](uint32_t index, const Piece<T>& piece, const Slot& slot) {
+      float of_channel = 0.0f;
+      if constexpr (kPerChannel) {
+        of_channel = threshold.per_channel[tile.chunk * kChunkBits + slot.row];
       }
-      const int pixel = first + lane;
-      if (pixel < tile.rows.values) packed[tiles.chunk_index(tile, pixel)] = chunk;
+      set_bits<T>(words[0], index, (kPerChannel ? Comparison<T>(of_channel) : compare)(piece));
+      if (!packed.has_clip()) return;
+      set_bits<T>(words[1], index,
+                  (kPerChannel ? Within<T>(of_channel, packed.limit) : is_within)(piece));
+    };
+    pack_pieces(x, pieces, tile.rows.values, pack);
+    __syncthreads();
+    for (int n = 0; n <= packed.has_clip(); ++n) {
+      for (int first = warp * kWarpSize; first < tile.rows.values; first += kThreads) {
+        Chunk chunk = {};
+#pragma unroll
+        for (int j = 0; j < kChunkWords; ++j) {
+          if (j * kWordBits >= tile.rows.count) break;
+          const int row = j * kWordBits + lane;
+          const bool is_channel = row < tile.rows.count;
+          chunk.values[j] =
+              transpose(is_channel ? bits_at(words[n], pieces.row_start(row) + first) : 0);
+        }
+        const int pixel = first + lane;
+        if (pixel < tile.rows.values) packed.bits[n][tiles.chunk_index(tile, pixel)] = chunk;
+      }
     }
     __syncthreads();
   }
@@ -420,6 +481,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     unpack_nhwc(NhwcTiles tiles, const Chunk* packed, Array<T> x, Divisor row_pieces) {
   alignas(Chunk) __shared__ uint32_t words[NhwcTiles::kMaxChunks * kChunkWords + 1];
+  await_previous_kernel();
   for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
     const NhwcTiles::Tile tile = tiles.at(i);
     for (int32_t k = threadIdx.x; k < tile.chunks; k += kThreads) {
@@ -442,6 +504,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kRowWords = NchwTiles::kMaxPixels / kWordBits + 1;
   __shared__ uint32_t words[1 + kChunkBits * kRowWords];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  await_previous_kernel();
   for (int64_t i = blockIdx.x; i < tiles.count(); i += gridDim.x) {
     const NchwTiles::Tile tile = tiles.at(i);
     for (int first = warp * kWarpSize; first < tile.rows.values; first += kThreads) {
@@ -477,14 +540,17 @@ Divisor row_pieces_of(const Tiles& tiles) {
 }  // namespace
 
 void pack_bits(const ImageShape& shape, const void* x, DataType type, Layout layout,
-               const Threshold& threshold, uint8_t* packed, const Queue& queue) {
+               const Threshold& threshold, uint8_t* packed, const ClipBits& clip,
+               const Queue& queue) {
   const int processors = multiprocessors(queue.device());
+  const Packed results = {{reinterpret_cast<Chunk*>(packed), reinterpret_cast<Chunk*>(clip.inside)},
+                          clip.limit};
   dispatch_value_type(type, [&](auto tag) {
     using T = typename decltype(tag)::type;
     const Array<const T> values(static_cast<const T*>(x), value_count(shape));
     const auto run = [&](const auto& tiles, const auto& kernel) {
       launch("pack_bits", queue, tiles.count(), kThreads, kernel, tiles, values,
-             row_pieces_of<T>(tiles), threshold, reinterpret_cast<Chunk*>(packed));
+             row_pieces_of<T>(tiles), threshold, results);
     };
     dispatch_bool(threshold.per_channel != nullptr, [&](auto per_channel) {
       layout == Layout::kNCHW ? run(NchwTiles(shape, processors), pack_nchw<per_channel, T>)

@@ -151,6 +151,7 @@ __device__ void convolve(const Conv& conv, const Window& lane_window, int64_t ch
 
 template <class Load>
 __global__ void __launch_bounds__(kThreads) conv2d_kernel(Conv conv, Output output) {
+  await_previous_kernel();
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t channel_blocks = ceil_div<int64_t>(output.channels, kWarpSize);
   const int64_t blocks = ceil_div<int64_t>(output.pixels, kBlockPixels) * channel_blocks;

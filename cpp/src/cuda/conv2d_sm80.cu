@@ -268,6 +268,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     conv2d_kernel(const __grid_constant__ TileConv args) {
 #if __CUDA_ARCH__ >= 800
   write_constants(args.conv, threadIdx.x, kThreads);
+  await_previous_kernel();
   prepare_channels(args, threadIdx.x, kThreads);
   __syncthreads();
   if constexpr (kStreamed) {

@@ -440,9 +440,7 @@ __global__ void __launch_bounds__(kThreads<kChannels>, 1)
   write_constants(conv, threadIdx.x, kThreads<kChannels>);
   cutlass::arch::fence_view_async_shared();
   __syncthreads();
-  // All before this overlaps with the end of the kernel before.
-  cudaGridDependencySynchronize();
-  cudaTriggerProgrammaticLaunchCompletion();
+  await_previous_kernel();
 
   // The shuffle tells the compiler that the warp agrees.
   const int warpgroup = __shfl_sync(kWholeWarp, threadIdx.x / kWarpgroup, 0);
@@ -540,7 +538,7 @@ void launch_conv2d(const Conv2dArgs& args, const Queue& queue) {
   const auto launch_block = [&](auto channels, auto kernel) {
     launch("binary_conv2d", queue,
            {tile_blocks(args.shape, plan, limits), kThreads<decltype(channels)::value>,
-            static_cast<size_t>(conv.conv.at.total), true},
+            static_cast<size_t>(conv.conv.at.total)},
            kernel, Maps{input_map(args, plan), weight_map(args, plan)}, conv);
   };
   switch (plan.block_channels) {

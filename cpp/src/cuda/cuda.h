@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "binconv/kernels.h"
+#include "clip_bits.h"
 #include "kernel_table.h"
 
 // The CUDA backend: the library's operations on device memory, arguments already checked, queued on
@@ -22,9 +23,12 @@ int64_t no_workspace(const Conv2dShape&, const Queue&);  // For rows of the kern
 // Whether the library was compiled for an architecture such as "90a": where it was not, the body of
 // a kernel that needs it is empty.
 bool has_machine_code(std::string_view architecture);
+// Whether the code that a device runs waits by itself for the kernel in front of it.
+bool kernels_wait(int device);
 
 void pack_bits(const ImageShape& shape, const void* x, DataType type, Layout layout,
-               const Threshold& threshold, uint8_t* packed, const Queue& queue);
+               const Threshold& threshold, uint8_t* packed, const ClipBits& clip,
+               const Queue& queue);
 void unpack_bits(const ImageShape& shape, const uint8_t* packed, void* x, DataType type,
                  Layout layout, const Queue& queue);
 void abs_mean(int64_t rows, int64_t columns, const void* x, DataType type, float* out,

@@ -46,6 +46,11 @@ bool has_machine_code(std::string_view architecture) {
   return false;
 }
 
+bool kernels_wait(int device) {
+  static const bool has_code = has_machine_code("90a");
+  return has_code && compute_capability(device) == 90;
+}
+
 int64_t no_workspace(const Conv2dShape&, const Queue&) { return 0; }
 
 std::vector<CudaDevice> devices() {

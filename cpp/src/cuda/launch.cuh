@@ -47,10 +47,16 @@ struct Launch {
   dim3 blocks;
   int threads;
   size_t shared_bytes = 0;
-  // The kernel may start before the one ahead of it in the stream has ended; it waits by itself
-  // (programmatic dependent launch, from sm_90 up).
-  bool overlaps = false;
 };
+
+// Every kernel calls this before it touches global memory. Its start, and what it does before,
+// overlap with the end of the kernel in front of it in the stream (programmatic dependent launch).
+__device__ inline void await_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
 
 template <class... Parameters, class... Arguments>
 void launch(const char* operation, const Queue& queue, const Launch& shape,
@@ -73,7 +79,7 @@ void launch(const char* operation, const Queue& queue, const Launch& shape,
   config.dynamicSmemBytes = shape.shared_bytes;
   config.stream = queue.stream();
   config.attrs = &overlap;
-  config.numAttrs = shape.overlaps ? 1 : 0;
+  config.numAttrs = kernels_wait(queue.device()) ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), operation);
 }
 

@@ -66,6 +66,7 @@ __device__ double thread_sum(const T* row, int64_t columns) {
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads)
     abs_mean_kernel(int64_t rows, int64_t columns, const T* x, float* out) {
+  await_previous_kernel();
   for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
     const T* row = x + i * columns;
     const double sum = block_sum(is_vector_aligned(row) ? thread_sum<true>(row, columns)
@@ -81,6 +82,7 @@ template <int kWidth, class T>
 __global__ void __launch_bounds__(kScaleThreads)
     scale_channels_kernel(int64_t vectors, int64_t inner, int32_t channels, const T* x,
                           const float* scale, T* out) {
+  await_previous_kernel();
   for (int64_t i = grid_index(); i < vectors; i += grid_step()) {
     const int64_t group = i * kWidth / inner;
     int64_t position = i * kWidth - group * inner;

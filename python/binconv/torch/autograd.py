@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,7 +90,7 @@ def sign_conv2d(
     )
     operator: Any = torch.ops.binconv.sign_conv2d.default
     if ops.reaches_kernel(inputs):
-        operator = _SignConv2d.apply
+        operator = _SignConv2dKernel.apply
     y: Tensor = operator(*inputs)[0]
     return y
 
@@ -148,7 +147,8 @@ def _sign_conv2d(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *geometry, out_dtype, ste, ste_parameter, _, _ = arguments
-    packed = ops._pack_bits(x, 0.0, None if shift is None else -shift.detach())
+    estimator = of_parameter(ste, ste_parameter, None if progress is None else progress[0])
+    packed, kept = _packed_and_kept(estimator, x, shift)
     if prepared is None:
         bits = ops._pack_bits(weight, 0.0, None)
         prepared = ops._prepare_weight(bits, weight.shape[1], geometry[3])
@@ -163,40 +163,26 @@ def _sign_conv2d(
         bias,
         residual,
     )
-    estimator = of_parameter(ste, ste_parameter, None if progress is None else progress[0])
-    return y, _narrow(packed, x.shape[1]), _kept(estimator, x, shift)
+    return y, _narrow(packed, x.shape[1]), kept
 
 
-def _kept(estimator: Estimator, x: Tensor, shift: Tensor | None) -> Tensor:
-    """What backward needs of the derivative: nothing, bits or 8-bit codes."""
-    if isinstance(estimator, Identity):
-        return torch.empty(0, dtype=torch.uint8, device=x.device)
+def _packed_and_kept(
+    estimator: Estimator, x: Tensor, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The signs, and what backward needs of the derivative: nothing, bits or 8-bit codes."""
+    threshold = None if shift is None else -shift.detach()
     if isinstance(estimator, Clip):
-        return _narrow(_within(x, estimator.limit, shift), x.shape[1])
+        packed, inside = ops.pack_bits_and_clip(x, threshold, estimator.limit)
+        return packed, _narrow(inside, x.shape[1])
+    packed = ops._pack_bits(x, 0.0, threshold)
+    if isinstance(estimator, Identity):
+        return packed, packed.new_empty(0)
     values = x.detach().float()
     if shift is not None:
         values = values + shift.detach().view(-1, 1, 1)
     codes = estimator.derivative(values).mul_(LEVELS / estimator.peak).round_()
-    return torch.empty(
-        x.shape, dtype=torch.int8, device=x.device, memory_format=_memory_format(x)
-    ).copy_(codes)
-
-
-def _within(x: Tensor, limit: float, shift: Tensor | None) -> Tensor:
-    """The bits of |x + shift| <= limit: at or above the low end, and not above the high end."""
-    if shift is None:
-        low, high = _ends(limit)
-        return ops._pack_bits(x, low, None) ^ ops._pack_bits(x, high, None)
-    end = limit - shift.detach()
-    above = torch.nextafter(end, torch.full_like(end, torch.inf))
-    return ops._pack_bits(x, 0.0, -limit - shift.detach()) ^ ops._pack_bits(x, 0.0, above)
-
-
-@functools.cache
-def _ends(limit: float) -> tuple[float, float]:
-    """-limit in float32, and the number after limit."""
-    end = torch.tensor(limit, dtype=torch.float32, device="cpu")
-    return -end.item(), torch.nextafter(end, torch.full_like(end, torch.inf)).item()
+    kept = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=_memory_format(x))
+    return packed, kept.copy_(codes)
 
 
 def _narrow(packed: Tensor, channels: int) -> Tensor:
@@ -208,6 +194,17 @@ def _widen(narrow: Tensor, channels: int) -> Tensor:
     """With the unused bytes of each pixel, as the kernels read them."""
     missing = 16 * ((channels + 127) // 128) - (channels + 7) // 8
     return torch.nn.functional.pad(narrow, (0, missing)) if missing else narrow
+
+
+def _unpacked(narrow: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Of bits as _narrow leaves them, +1 and -1, (N, C, H, W) in channels_last."""
+    if not torch.compiler.is_compiling():
+        y: Tensor = ops.call("unpack_bits", _widen(narrow, channels), channels, dtype)
+        return y
+    # A compiler fuses this with what uses it.
+    masks = 1 << torch.arange(8, dtype=torch.uint8, device=narrow.device)
+    bits = (narrow.unsqueeze(-1) & masks).flatten(3)[..., :channels]
+    return torch.where(bits != 0, 1, -1).to(dtype).permute(0, 3, 1, 2)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -258,6 +255,24 @@ class _SignConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return _backward(ctx, grads[0])
+
+
+class _SignConv2dKernel(_SignConv2d):
+    """The same, where the dispatcher would do no more than call the kernel."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output = _sign_conv2d(*inputs)
+        _save(ctx, inputs, output)
+        return output
+
+
+def _autograd(*inputs: Any) -> Any:
+    """What the dispatcher calls: without a gradient to record, a tenth of the time."""
+    if wants_gradient(*inputs[:7]):
+        return _SignConv2d.apply(*inputs)  # type: ignore[no-untyped-call]
+    with torch._C._AutoDispatchBelowAutograd():
+        return ops.call("sign_conv2d", *inputs)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -318,7 +333,7 @@ def _sign_gradients(
         return None, None
     stride, (top, left, bottom, right), dilation, groups, pad_value = geometry
     channels = weight.shape[1] * groups
-    signs = ops.call("unpack_bits", _widen(bits, channels), channels, grad.dtype)
+    signs = _unpacked(bits, channels, grad.dtype)
     padded = pad_value != 0 or (top, left) != (bottom, right)
     if padded:
         pads = (left, right, top, bottom)
@@ -353,8 +368,7 @@ def _let_through(estimator: Estimator, grad: Any, kept: Tensor) -> Any:
     if grad is None or isinstance(estimator, Identity):
         return grad
     if isinstance(estimator, Clip):
-        channels = grad.shape[1]
-        inside = ops.call("unpack_bits", _widen(kept, channels), channels, torch.int8)
+        inside = _unpacked(kept, grad.shape[1], torch.int8)
         return torch.ops.aten.threshold_backward(grad, inside, 0)  # One operation, not two.
     return grad * kept * (estimator.peak / LEVELS)
 
@@ -384,4 +398,4 @@ for _key in ("CPU", "CUDA"):
     _library.impl("sign_conv2d", _sign_conv2d, _key)
 ops.kernels["sign_conv2d"] = _sign_conv2d
 torch.library.register_fake("binconv::sign_conv2d", _fake_sign_conv2d, lib=_library)
-_library.impl("sign_conv2d", _SignConv2d.apply, "Autograd")
+_library.impl("sign_conv2d", _autograd, "Autograd")

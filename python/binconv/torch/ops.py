@@ -162,6 +162,24 @@ def _pack_bits(x: Tensor, threshold: float, channel_threshold: Tensor | None) ->
     return packed
 
 
+def pack_bits_and_clip(
+    x: Tensor, channel_threshold: Tensor | None, limit: float
+) -> tuple[Tensor, Tensor]:
+    """The bits of x >= threshold, which is 0 if not given, and of |x - threshold| <= limit."""
+    array, layout = _dense(x)
+    packed, inside = _new_packed(x.shape, x), _new_packed(x.shape, x)
+    binconv.pack_bits_and_clip(
+        _array(array),
+        _array(packed),
+        _array(inside),
+        layout=layout,
+        threshold=_limit(0.0, channel_threshold),
+        limit=limit,
+        **_queue(x),
+    )
+    return packed, inside
+
+
 def _limit(threshold: float, channel_threshold: Tensor | None) -> Any:
     return threshold if channel_threshold is None else _array(channel_threshold)
 
