@@ -562,6 +562,7 @@ const HaloLimits kSm90Limits = {.multiprocessors = 132,  // Of an H100 or H200, 
                                 .least_channels = 32,
                                 .ones = kOnes,
                                 .lists_pixels = true,
+                                .keeps_step = false,
                                 .most_halo_stages = kMostHaloStages,
                                 .most_streamed_parts = kMostStreamedParts};
 

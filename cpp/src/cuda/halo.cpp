@@ -120,6 +120,7 @@ class Planner {
     common_.columns = channels + limits.ones;
     common_.is_streamed = is_streamed;
     common_.lists_pixels = limits.lists_pixels && !is_streamed;
+    common_.lists_sources = limits.keeps_step && is_streamed;
     common_.phases_height = narrow(phases_of(rows_));
     common_.phases_width = narrow(phases_of(columns_));
     common_.stage_chunks = narrow(is_streamed ? 2 : weight_.chunks);
@@ -194,6 +195,7 @@ class Planner {
   double cost(const HaloPlan& plan) const {
     constexpr double kHaloBytes = 10, kWeightBytes = 40, kStoreBytes = 17.5;  // Per cycle.
     constexpr double kStart = 2250, kTile = 630, kRun = 340, kLoadLatency = 600;
+    constexpr double kPairLatency = 200;
     const double channels = plan.block_channels;
     const int64_t blocks = ceil_div(shape_.weight.out_channels, plan.block_channels);
     const int64_t workers = std::max<int64_t>(1, limits_.multiprocessors / blocks);
@@ -203,7 +205,8 @@ class Planner {
 
     const double steps = plan.is_streamed ? static_cast<double>(ceil_div(weight_.chunks, 2)) : 1;
     const double multiply = steps * plan.pairs * plan.columns / 2 + kRun;
-    const double alone = multiply + 8.6 * channels + 410;  // A run takes that long.
+    const double finish = 8.6 * channels + 410;
+    const double alone = multiply + finish;  // A run takes that long.
     const double halo = static_cast<double>(plan.phases()) * plan.region_pixels;
     const double load = weight_.chunks * halo * 16 / kHaloBytes;
     const double outputs =
@@ -216,6 +219,11 @@ class Planner {
       tile = std::max({tile, at_once * multiply, weights / kWeightBytes});
     } else {
       tile = std::max(tile, (kLoadLatency + load + multiply) / plan.halo_stages);
+    }
+    if (limits_.keeps_step) {  // Few warps multiply no faster than latencies let them.
+      const int64_t rounds = ceil_div(plan.runs, at_once);
+      const double least = steps * plan.pairs * kPairLatency;
+      tile = std::max(tile, std::max(plan.runs * multiply, rounds * least) + rounds * finish);
     }
     const double rounds = static_cast<double>(ceil_div(tiles * plan.runs, at_once));
     const double work = std::max(rounds * alone, tiles * tile + alone);
@@ -402,6 +410,8 @@ HaloLayout halo_layout(const HaloPlan& plan) {
   at.terms = take(int64_t{kChannelTerms} * kMostChannels * 4 + kFlagBytes);
   const int64_t lists = plan.lists_pixels ? plan.halo_stages : 0;
   at.pixels = take(lists * plan.runs * kRunPixels * static_cast<int64_t>(sizeof(Pixel)));
+  const int64_t sources = plan.lists_sources ? plan.phases() * plan.region_pixels : 0;
+  at.sources = take(sources * static_cast<int64_t>(sizeof(int64_t)));
   at.barriers = take(kBarrierBytes);
   at.total = static_cast<int32_t>(std::min<int64_t>(offset, std::numeric_limits<int32_t>::max()));
   return at;

@@ -35,6 +35,8 @@ struct HaloLimits {
   int ones;            // Columns of ones behind the weights of a block, in which the bits of the
                        // pixels are counted. A multiple of 8.
   bool lists_pixels;   // Where weights are resident, of each halo stage.
+  bool keeps_step;  // All of a block ends with one tile before it multiplies the next, and all of
+                    // it loads: where weights are streamed, by a list of the halo's sources.
   int most_halo_stages, most_streamed_parts;  // Buffers; at least kLeastStages.
 };
 
@@ -78,8 +80,9 @@ struct HaloPlan {
   int32_t region_pixels;  // Of one chunk and phase, a multiple of 8; behind the halo some zeros.
   int32_t stage_chunks;   // Chunks of the input channels in shared memory at a time.
   int32_t halo_stages;
-  bool lists_pixels;  // Each halo stage has a list of where the tile's output pixels belong.
-  int32_t pairs;      // Of chunks, that the multiplications of a stage take.
+  bool lists_pixels;   // Each halo stage has a list of where the tile's output pixels belong.
+  bool lists_sources;  // The block has a list of where the tile's halo comes from.
+  int32_t pairs;       // Of chunks, that the multiplications of a stage take.
   // The block's weights lie in shared memory in parts: the stages of streamed weights, or all.
   int32_t parts;
   int32_t part_chunks, part_taps;  // Of one part.
@@ -139,7 +142,7 @@ constexpr int kFlagBytes = 64;  // Words of bits for the block's channels.
 
 // Where everything is in shared memory, in bytes.
 struct HaloLayout {
-  int32_t halo, weights, table, terms, pixels, barriers, total;
+  int32_t halo, weights, table, terms, pixels, sources, barriers, total;
 };
 
 // What the epilogue knows of each of the block's channels.
