@@ -23,6 +23,8 @@ counts() { grep -E "tests passed|tests failed|passed|failed" "$1" | tail -1; }
 say "# GPU check"
 say "commit: ${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}"
 say "GPU, driver: $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
+gpus=$(nvidia-smi --list-gpus | wc -l)
+say "GPUs: $gpus"
 say "nvcc: $(nvcc --version | sed -n 's/.*release \([^,]*\),.*/\1/p')"
 
 architectures=${CMAKE_CUDA_ARCHITECTURES:+CMAKE_CUDA_ARCHITECTURES=$CMAKE_CUDA_ARCHITECTURES}
@@ -40,8 +42,8 @@ cmake -S . -B $build -G Ninja -DCMAKE_BUILD_TYPE=Release -DBINCONV_CUDA=ON \
 cmake --build $build
 wait $wheel
 
-# The sanitizers run beside the tests. The tests ask for a device that does not exist; memcheck would
-# call the refusal an error.
+# The sanitizers run beside the tests, on the last GPU. The tests ask for a device that does not
+# exist; memcheck would call the refusal an error.
 programs=("binconv_tests --device=cuda" "binconv_fuzz 0 40 cuda")
 declare -A sanitizers
 for tool in memcheck racecheck initcheck synccheck; do
@@ -49,8 +51,9 @@ for tool in memcheck racecheck initcheck synccheck; do
     options=()
     [ $tool = memcheck ] && options=(--report-api-errors no)
     # shellcheck disable=SC2086  # A program and its arguments.
-    timeout "${SANITIZER_SECONDS:-1800}" compute-sanitizer --tool $tool "${options[@]}" \
-      --error-exitcode 1 $build/tests/cpp/${programs[$i]} >$build/$tool-$i.log 2>&1 &
+    CUDA_VISIBLE_DEVICES=$((gpus - 1)) timeout "${SANITIZER_SECONDS:-1800}" \
+      compute-sanitizer --tool $tool "${options[@]}" --error-exitcode 1 \
+      $build/tests/cpp/${programs[$i]} >$build/$tool-$i.log 2>&1 &
     sanitizers[$tool-$i]=$!
   done
 done
