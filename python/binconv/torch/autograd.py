@@ -71,16 +71,8 @@ def sign_conv2d(
         ste: the estimator for x + shift.
         weight_ste: the estimator for weight.
     """
-    inputs = (
-        x,
-        weight,
-        leaf,
-        shift,
-        scale,
-        bias,
-        residual,
-        prepared,
-        progress,
+    tensors = x, weight, leaf, shift, scale, bias, residual, prepared, progress
+    others = (
         *geometry,
         out_dtype,
         ste.name,
@@ -88,10 +80,11 @@ def sign_conv2d(
         weight_ste.name,
         _parameter(weight_ste, progress),
     )
-    operator: Any = torch.ops.binconv.sign_conv2d.default
-    if ops.reaches_kernel(inputs):
-        operator = _SignConv2dKernel.apply
-    y: Tensor = operator(*inputs)[0]
+    y: Tensor
+    if ops.reaches_kernel(tensors):
+        y = _SignConv2dKernel.apply(*tensors, others)  # type: ignore[no-untyped-call]
+    else:
+        y = torch.ops.binconv.sign_conv2d.default(*tensors, *others)[0]
     return y
 
 
@@ -257,14 +250,23 @@ class _SignConv2d(torch.autograd.Function):
         return _backward(ctx, grads[0])
 
 
-class _SignConv2dKernel(_SignConv2d):
-    """The same, where the dispatcher would do no more than call the kernel."""
+class _SignConv2dKernel(torch.autograd.Function):
+    """The same, where the dispatcher would do no more than call the kernel.
+
+    Autograd takes time for each input and output: what is no tensor comes as one, and what backward
+    keeps is not returned.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _sign_conv2d(*inputs)
-        _save(ctx, inputs, output)
-        return output
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        flat = (*inputs[:-1], *inputs[-1])
+        output = _sign_conv2d(*flat)
+        _save(ctx, flat, output)
+        return output[0]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad)[:10]
 
 
 def _autograd(*inputs: Any) -> Any:

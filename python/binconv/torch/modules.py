@@ -22,6 +22,7 @@ from .functional import (
 )
 
 IDENTITY = Identity()
+WEIGHTS = (*FLOATS, torch.int8)
 
 
 class BinaryConv2d(nn.Conv2d):
@@ -199,15 +200,16 @@ class BinaryConv2d(nn.Conv2d):
         return packed_conv2d(packed, prepared, geometry, dtype, channels_last, scale, bias)
 
     def _check_weight(self) -> None:
-        check_tensor("weight", self.weight, (*FLOATS, torch.int8), rank=4)
-        trains = self.weight.is_floating_point() or isinstance(self.weight, BinaryParameter)
+        weight = self.weight
+        check_tensor("weight", weight, WEIGHTS, rank=4)
+        trains = weight.is_floating_point() or isinstance(weight, BinaryParameter)
         if self.training and not trains:
             raise ValueError(
                 "weight: got int8, expected floats or a BinaryParameter in training mode"
             )
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        if self.weight.shape != shape:
-            raise ValueError(f"weight: got shape {tuple(self.weight.shape)}, expected {shape}")
+        if weight.shape != shape:
+            raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected {shape}")
 
     def _check_input(self, x: Tensor | BitTensor) -> None:
         bits = isinstance(x, BitTensor)
