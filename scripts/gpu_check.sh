@@ -13,7 +13,8 @@ report=${2:-/dev/null}
 build=build/gpu
 python=${PYTHON:-python3}
 # Whatever ends this also ends what it started.
-trap 'pkill -P $$ || true' EXIT
+sanitizers=  # A process group of their own.
+trap 'pkill -P $$ || true; [ -z "$sanitizers" ] || kill -- -"$sanitizers" 2>/dev/null || true' EXIT
 trap 'exit 1' TERM INT
 
 : >"$report"
@@ -23,7 +24,7 @@ counts() { grep -E "tests passed|tests failed|passed|failed" "$1" | tail -1; }
 say "# GPU check"
 say "commit: ${COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}"
 say "GPU, driver: $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
-gpus=$(nvidia-smi --list-gpus | wc -l)
+gpus=$(nvidia-smi --list-gpus | grep -c "^GPU")
 say "GPUs: $gpus"
 say "nvcc: $(nvcc --version | sed -n 's/.*release \([^,]*\),.*/\1/p')"
 
@@ -47,24 +48,23 @@ wait $wheel
 # suites call nothing of CUDA.
 tools=(racecheck memcheck initcheck synccheck)
 mapfile -t suites < <($build/tests/cpp/binconv_tests --list | sed -n 's/\..*//p' | sort -u)
+[ ${#suites[@]} -gt 0 ]
 sanitize() {
-  local program="binconv_tests --device=cuda $2" status=0 options=(--require-cuda-init no)
+  local program="binconv_tests --device=cuda $2" options=(--require-cuda-init no)
   [ "$1" = memcheck ] && options+=(--report-api-errors no)
   [ "$2" = fuzz ] && program="binconv_fuzz 0 40 cuda"
   # shellcheck disable=SC2086  # A program and its arguments.
-  timeout "${SANITIZER_SECONDS:-1800}" compute-sanitizer --tool "$1" "${options[@]}" \
+  timeout --foreground "${SANITIZER_SECONDS:-1800}" compute-sanitizer --tool "$1" "${options[@]}" \
     --error-exitcode 1 "$build"/tests/cpp/$program \
-    >"$build/$1-$2.log" 2>&1 || status=$?
-  # 77: all tests were skipped.
-  [ $status = 0 ] || [ $status = 77 ] || echo "exit status $status" >>"$build/$1-$2.log"
+    >"$build/$1-$2.log" 2>&1 || echo "exit status $?" >>"$build/$1-$2.log"
 }
 export -f sanitize
 export build
 rm -f $build/*check-*.log
 for tool in "${tools[@]}"; do
   for suite in "${suites[@]}" fuzz; do echo "$tool $suite"; done
-done | CUDA_VISIBLE_DEVICES=$((gpus - 1)) xargs -P "${SANITIZERS:-8}" -n 2 \
-  bash -c 'sanitize "$@"' sanitize &
+done | CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-$((gpus - 1))} setsid \
+  xargs -P "${SANITIZERS:-8}" -n 2 bash -c 'sanitize "$@"' sanitize &
 sanitizers=$!
 
 status=0  # A failing part does not stop the rest: one run tells everything.

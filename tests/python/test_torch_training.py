@@ -190,6 +190,30 @@ def test_a_clip_passes_its_ends_and_nothing_beyond(device, case):
     assert x.grad.flatten().tolist() == [1.0, 0.0, 1.0, 0.0, 0.0, 1.0] * 2
 
 
+def test_a_clip_beyond_float32_passes_all_finite_numbers(device):
+    largest = torch.finfo(torch.float32).max
+    values = torch.tensor([0.0, 1e30, largest, -largest, torch.inf, -torch.inf, torch.nan, -1.0])
+    x = values.reshape(1, 8, 1, 1).to(device).requires_grad_()
+    layer = BinaryConv2d(8, 1, 1, ste=Clip(1e39), weight_scale=None, bias=False).to(device)
+    with torch.no_grad():
+        layer.weight.fill_(0.5)
+    layer(x).sum().backward()
+    assert x.grad.flatten().tolist() == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.parametrize("function", ["module", "operator"])
+def test_forward_mode_is_refused_and_not_taken_for_a_constant(device, function):
+    layer, x = make_layer(device, "clip")
+    weight = layer.weight.detach()
+    arguments = (None,) * 7, [1, 1], [1, 1, 1, 1], [1, 1], 1, 0, x.dtype, "clip", 1.0, "clip", 1.0
+
+    def operator(x):
+        return torch.ops.binconv.sign_conv2d(x, weight, *arguments[0], *arguments[1:])[0]
+
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jvp(layer if function == "module" else operator, (x,), (torch.ones_like(x),))
+
+
 def test_estimators_take_separate_choices_for_input_and_weight(device):
     layer, x = make_layer(device, "clip", weight_scale=None)
     layer = BinaryConv2d(24, 6, 3, padding=1, weight_scale=None, ste="identity", weight_ste="clip")

@@ -165,7 +165,10 @@ def _pack_bits(x: Tensor, threshold: float, channel_threshold: Tensor | None) ->
 def pack_bits_and_clip(
     x: Tensor, channel_threshold: Tensor | None, limit: float
 ) -> tuple[Tensor, Tensor]:
-    """The bits of x >= threshold, which is 0 if not given, and of |x - threshold| <= limit."""
+    """The bits of x >= threshold, which is 0 if not given, and of |x - threshold| <= limit.
+
+    A limit beyond float32 holds all of its finite numbers, as the largest of them does.
+    """
     array, layout = _dense(x)
     packed, inside = _new_packed(x.shape, x), _new_packed(x.shape, x)
     binconv.pack_bits_and_clip(
@@ -174,7 +177,7 @@ def pack_bits_and_clip(
         _array(inside),
         layout=layout,
         threshold=_limit(0.0, channel_threshold),
-        limit=limit,
+        limit=min(limit, torch.finfo(torch.float32).max),
         **_queue(x),
     )
     return packed, inside
