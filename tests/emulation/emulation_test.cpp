@@ -2,6 +2,7 @@
 
 #include <bit>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <limits>
@@ -80,6 +81,20 @@ TEST(EmulatedBits, RandomImagesMatchReference) {
 }
 
 TEST(EmulatedDirect, RandomShapesMatchReference) { check_random_convolutions("cuda_direct", 100); }
+
+TEST(EmulatedDirect, ServesWhereTheDriverCompilesFromPtx) {
+  device() = kHopper;
+  const Conv2dShape shape = {
+      .batch = 1,
+      .in_height = 8,
+      .in_width = 8,
+      .weight = {.out_channels = 64, .in_channels = 64, .kernel_height = 1, .kernel_width = 1}};
+  const auto chosen = [&] { return std::string(kernel_name(shape, queues()[0])); };
+  CHECK_EQ(chosen(), std::string("cuda_sm90"));
+  setenv("CUDA_FORCE_PTX_JIT", "1", 1);
+  CHECK_EQ(chosen(), std::string("cuda_direct"));
+  unsetenv("CUDA_FORCE_PTX_JIT");
+}
 
 TEST(EmulatedSm80, RandomShapesMatchReference) {
   plan_counts() = {};

@@ -20,8 +20,8 @@ int shared_bytes(int device);  // That one thread block can have.
 std::vector<CudaDevice> devices();
 int64_t no_workspace(const Conv2dShape&, const Queue&);  // For rows of the kernel table.
 
-// Whether the library was compiled for an architecture such as "90a": where it was not, the body of
-// a kernel that needs it is empty.
+// Whether machine code of the library is there for an architecture such as "90a", and used: where
+// not, the body of a kernel that needs it is empty.
 bool has_machine_code(std::string_view architecture);
 // Whether the code that a device runs waits by itself for the kernel in front of it.
 bool kernels_wait(int device);

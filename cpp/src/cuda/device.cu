@@ -1,3 +1,4 @@
+#include <cstdlib>
 #include <sstream>
 #include <string>
 
@@ -38,6 +39,9 @@ int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCoun
 int shared_bytes(int device) { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
 
 bool has_machine_code(std::string_view architecture) {
+  // Then the driver compiles from PTX, in which the bodies of these kernels are empty.
+  const char* forces_ptx = std::getenv("CUDA_FORCE_PTX_JIT");
+  if (forces_ptx && *forces_ptx == '1') return false;
   std::istringstream all(cuda_architectures());  // "80-real 90a-real 75-virtual"
   for (std::string name; all >> name;) {
     const std::string_view number = std::string_view(name).substr(0, name.find('-'));
