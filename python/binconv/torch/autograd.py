@@ -198,7 +198,7 @@ def _unpacked(narrow: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     # A compiler fuses this with what uses it.
     masks = 1 << torch.arange(8, dtype=torch.uint8, device=narrow.device)
     bits = (narrow.unsqueeze(-1) & masks).flatten(3)[..., :channels]
-    return torch.where(bits != 0, 1, -1).to(dtype).permute(0, 3, 1, 2)
+    return ((bits != 0).to(dtype) * 2 - 1).permute(0, 3, 1, 2)
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
