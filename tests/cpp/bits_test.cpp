@@ -138,6 +138,17 @@ std::vector<uint8_t> random_elements(const ImageShape& shape, DataType type, uin
   return reference::encode(type, values);
 }
 
+// For each channel one: between the numbers of random_elements, equal to some, or special.
+std::vector<float> random_thresholds(int64_t channels) {
+  Random random(channels);
+  std::vector<float> thresholds(channels);
+  for (float& t : thresholds) {
+    t = random.pick(
+        {-3.0f, -1.5f, -0.0f, 0.0f, 0.25f, 0.5f, 1.0f, 2.0f, 3.5f, kNaN, kInfinity, -kInfinity});
+  }
+  return thresholds;
+}
+
 std::vector<uint8_t> random_bits(const ImageShape& shape, uint64_t seed) {
   reference::Image image(shape);
   Random(seed).fill_signs(image.values);
@@ -263,12 +274,7 @@ TEST(PackBits, EveryBitPatternOfTheSmallTypesMatchesReference) {
 
 TEST(PackBits, ThresholdPerChannelReplacesTheScalar) {
   for (int64_t channels : {1, 7, 33, 64, 130, 257}) {
-    Random random(channels);
-    std::vector<float> thresholds(channels);
-    for (float& t : thresholds) {
-      t = random.pick(
-          {-3.0f, -1.5f, -0.0f, 0.0f, 0.25f, 1.0f, 2.0f, 3.5f, kNaN, kInfinity, -kInfinity});
-    }
+    const std::vector<float> thresholds = random_thresholds(channels);
     const ImageShape shape{2, channels, 3, 5};
     for (DataType type : kValueTypes) {
       for (Layout layout : kLayouts) {
@@ -418,12 +424,7 @@ TEST(PackBitsAndClip, EveryBitPatternOfTheSmallTypesMatchesReference) {
 
 TEST(PackBitsAndClip, ThresholdPerChannelReplacesTheScalar) {
   for (int64_t channels : {1, 7, 33, 64, 130, 257}) {
-    Random random(channels);
-    std::vector<float> thresholds(channels);
-    for (float& t : thresholds) {
-      t = random.pick(
-          {-3.0f, -1.5f, -0.0f, 0.0f, 0.5f, 1.0f, 2.0f, 3.5f, kNaN, kInfinity, -kInfinity});
-    }
+    const std::vector<float> thresholds = random_thresholds(channels);
     const ImageShape shape{2, channels, 3, 5};
     for (DataType type : kValueTypes) {
       for (Layout layout : kLayouts) {

@@ -241,8 +241,7 @@ class _SignConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            output: tuple[Tensor, Tensor, Tensor] = ops.call("sign_conv2d", *inputs)
+        output = _below_autograd(*inputs)
         _save(ctx, inputs, output)
         return output
 
@@ -274,8 +273,13 @@ def _autograd(*inputs: Any) -> Any:
     """What the dispatcher calls for autograd, which it spares where there is nothing to record."""
     if wants_gradient(*inputs[:7]) or forward_ad._current_level >= 0:
         return _SignConv2d.apply(*inputs)  # type: ignore[no-untyped-call]
+    return _below_autograd(*inputs)
+
+
+def _below_autograd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
     with torch._C._AutoDispatchBelowAutograd():
-        return ops.call("sign_conv2d", *inputs)
+        output: tuple[Tensor, Tensor, Tensor] = ops.call("sign_conv2d", *inputs)
+    return output
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
