@@ -68,6 +68,7 @@ void check_nhwc(const ImageShape& shape, const NhwcTiles& tiles, int64_t index) 
   CHECK_EQ(tile.rows.first + tile.rows.values, first_value(shape, end));
   CHECK(tile.rows.values <= tiles.max_row_values());
   CHECK(tiles.max_row_values() <= NhwcTiles::kMaxValues);
+  CHECK_EQ(tile.rows.first % tiles.row_unit(), int64_t{0});
   for (int32_t k = 0; k < tile.chunks; ++k) {
     const NhwcTiles::Chunk at = tiles.chunk_at(tile, k);
     const int64_t chunk = tile.first_chunk + k;
@@ -96,6 +97,8 @@ void check_nchw(const ImageShape& shape, const NchwTiles& tiles, int64_t index) 
   CHECK(rows.values > 0);
   CHECK(rows.values <= tiles.max_row_values());
   CHECK(tiles.max_row_values() <= NchwTiles::kMaxPixels);
+  CHECK_EQ(rows.first % tiles.row_unit(), int64_t{0});
+  CHECK_EQ(rows.stride % tiles.row_unit(), int64_t{0});
   CHECK_EQ(tiles.chunk_index(tile, 5), (tile.first_pixel + 5) * chunks_of(shape) + tile.chunk);
   // The next tile goes on in the plane, with the next chunk or with the next image.
   const bool ends_plane = pixel + rows.values == plane;

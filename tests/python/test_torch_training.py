@@ -8,8 +8,10 @@ import pytest
 import reference_torch
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from kept_memory import bytes_kept
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils.checkpoint import checkpoint
 
 from binconv.torch import (
@@ -205,10 +207,11 @@ def test_a_clip_beyond_float32_passes_all_finite_numbers(device):
 def test_forward_mode_is_refused_and_not_taken_for_a_constant(device, function):
     layer, x = make_layer(device, "clip")
     weight = layer.weight.detach()
-    arguments = (None,) * 7, [1, 1], [1, 1, 1, 1], [1, 1], 1, 0, x.dtype, "clip", 1.0, "clip", 1.0
+    geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0]
+    arguments = *[None] * 7, geometry, x.dtype, "clip", 1.0, "clip", 1.0
 
     def operator(x):
-        return torch.ops.binconv.sign_conv2d(x, weight, *arguments[0], *arguments[1:])[0]
+        return torch.ops.binconv.sign_conv2d(x, weight, *arguments)[0]
 
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.func.jvp(layer if function == "module" else operator, (x,), (torch.ones_like(x),))
@@ -351,6 +354,26 @@ def test_the_backward_of_a_compiled_layer_keeps_bits(device, ste, bits):
     compiled(x).sum().backward()
     kept = bytes_kept(lambda: compiled(x), layer.weight, layer.bias)
     assert kept <= x.numel() * bits / 8 + 3 * 4 * 8
+
+
+@pytest.mark.parametrize("channels", [24, 128])
+def test_the_backward_of_a_compiled_layer_unpacks_in_what_a_compiler_fuses(device, channels):
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    layer = BinaryConv2d(channels, 8, 3, padding=1).to(device)
+    x = torch.randn(2, channels, 5, 5, device=device)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    got, eager = gradients_of(compiled, x), gradients_of(layer, x)
+    forward, backward = graphs
+    assert "binconv.sign_conv2d_no_grad.default" in forward
+    assert not any("binconv" in target for target in backward)
+    for a, b in zip(got, eager, strict=True):
+        reference_torch.assert_gradient_is(a, b.cpu().double())
 
 
 def test_the_function_keeps_bits(device):

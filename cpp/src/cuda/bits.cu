@@ -73,9 +73,11 @@ class TilePieces {
 
   __device__ bool are_shared() const { return rows_.count > 1 && rows_.stride < kPieceValues<T>; }
 
-  // Which of the values in the pieces a row starts with.
+  // Where the bits of a piece go, and where those of a row start. A row has one piece more there,
+  // so that rows start at different banks.
+  __device__ uint32_t place(uint32_t index, const Slot& slot) const { return index + slot.row; }
   __device__ uint32_t row_start(uint32_t row) const {
-    return row * row_pieces_.value * kPieceValues<T> + lead(row);
+    return row * (row_pieces_.value + 1) * kPieceValues<T> + lead(row);
   }
 
  private:
@@ -281,8 +283,8 @@ __device__ void pack_pieces(const Array<const T>& x, const TilePieces<T>& pieces
 
 // The bits of a piece, among those of all pieces.
 template <class T>
-__device__ void set_bits(uint32_t* words, uint32_t index, uint32_t bits) {
-  reinterpret_cast<PieceBits<T>*>(words)[index] = static_cast<PieceBits<T>>(bits);
+__device__ void set_bits(uint32_t* words, uint32_t place, uint32_t bits) {
+  reinterpret_cast<PieceBits<T>*>(words)[place] = static_cast<PieceBits<T>>(bits);
 }
 
 // 32 bits from bit `first` on. The word behind them is read, too.
@@ -346,19 +348,21 @@ __global__ void __launch_bounds__(kThreads, kPackingBlocks)
   }
 }
 
-// Bit j of lane i becomes bit i of lane j.
-__device__ uint32_t transpose(uint32_t word) {
+// Bit j of lane i becomes bit i of lane j, in each word: together, as one waits long for a shuffle.
+__device__ void transpose(Chunk& chunk) {
   const int lane = threadIdx.x % kWarpSize;
   uint32_t low = 0x0000ffff;
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2, low ^= low << distance) {
     const bool is_upper = lane & distance;
     const uint32_t kept = is_upper ? ~low : low;
-    const uint32_t other = __shfl_xor_sync(kWholeWarp, word, distance);
-    const uint32_t turned = __funnelshift_r(other, other, is_upper ? distance : -distance);
-    word = (word & kept) | (turned & ~kept);
+#pragma unroll
+    for (uint32_t& word : chunk.values) {
+      const uint32_t other = __shfl_xor_sync(kWholeWarp, word, distance);
+      const uint32_t turned = __funnelshift_r(other, other, is_upper ? distance : -distance);
+      word = (word & kept) | (turned & ~kept);
+    }
   }
-  return word;
 }
 
 template <bool kPerChannel, class T>
@@ -375,28 +379,28 @@ __global__ void __launch_bounds__(kThreads, kPackingBlocks)
     const NchwTiles::Tile tile = tiles.at(i);
     const TilePieces<T> pieces(x.lead, tile.rows, row_pieces);
     const auto pack = [&](uint32_t index, const Piece<T>& piece, const Slot& slot) {
+      const uint32_t place = pieces.place(index, slot);
       float of_channel = 0.0f;
       if constexpr (kPerChannel) {
         of_channel = threshold.per_channel[tile.chunk * kChunkBits + slot.row];
       }
-      set_bits<T>(words[0], index, (kPerChannel ? Comparison<T>(of_channel) : compare)(piece));
+      set_bits<T>(words[0], place, (kPerChannel ? Comparison<T>(of_channel) : compare)(piece));
       if (!packed.has_clip()) return;
-      set_bits<T>(words[1], index,
+      set_bits<T>(words[1], place,
                   (kPerChannel ? Within<T>(of_channel, packed.limit) : is_within)(piece));
     };
     pack_pieces(x, pieces, tile.rows.values, pack);
     __syncthreads();
     for (int n = 0; n <= packed.has_clip(); ++n) {
       for (int first = warp * kWarpSize; first < tile.rows.values; first += kThreads) {
-        Chunk chunk = {};
+        Chunk chunk;
 #pragma unroll
         for (int j = 0; j < kChunkWords; ++j) {
-          if (j * kWordBits >= tile.rows.count) break;
           const int row = j * kWordBits + lane;
           const bool is_channel = row < tile.rows.count;
-          chunk.values[j] =
-              transpose(is_channel ? bits_at(words[n], pieces.row_start(row) + first) : 0);
+          chunk.values[j] = is_channel ? bits_at(words[n], pieces.row_start(row) + first) : 0;
         }
+        transpose(chunk);
         const int pixel = first + lane;
         if (pixel < tile.rows.values) packed.bits[n][tiles.chunk_index(tile, pixel)] = chunk;
       }
@@ -511,10 +515,11 @@ __global__ void __launch_bounds__(kThreads)
       const int pixel = first + lane;
       Chunk chunk = {};
       if (pixel < tile.rows.values) chunk = packed[tiles.chunk_index(tile, pixel)];
+      transpose(chunk);
 #pragma unroll
       for (int j = 0; j < kChunkWords; ++j) {
         const int row = j * kWordBits + lane;
-        words[1 + row * kRowWords + first / kWordBits] = transpose(chunk.values[j]);
+        words[1 + row * kRowWords + first / kWordBits] = chunk.values[j];
       }
     }
     __syncthreads();
@@ -530,11 +535,12 @@ int64_t value_count(const ImageShape& shape) {
   return shape.batch * shape.channels * shape.height * shape.width;
 }
 
-// How many pieces a row may need: it may start with the last value of one.
+// How many pieces a row may need. One more would take the place of a load in every row.
 template <class T, class Tiles>
-Divisor row_pieces_of(const Tiles& tiles) {
-  constexpr int64_t kMaxLead = kPieceValues<T> - 1;
-  return Divisor(ceil_div<uint32_t>(kMaxLead + tiles.max_row_values(), kPieceValues<T>));
+Divisor row_pieces_of(const Tiles& tiles, uint32_t array_lead) {
+  const int64_t step = std::gcd(tiles.row_unit(), int64_t{kPieceValues<T>});  // Of the rows' leads.
+  const int64_t max_lead = array_lead % step + kPieceValues<T> - step;
+  return Divisor(ceil_div<uint32_t>(max_lead + tiles.max_row_values(), kPieceValues<T>));
 }
 
 }  // namespace
@@ -550,7 +556,7 @@ void pack_bits(const ImageShape& shape, const void* x, DataType type, Layout lay
     const Array<const T> values(static_cast<const T*>(x), value_count(shape));
     const auto run = [&](const auto& tiles, const auto& kernel) {
       launch("pack_bits", queue, tiles.count(), kThreads, kernel, tiles, values,
-             row_pieces_of<T>(tiles), threshold, results);
+             row_pieces_of<T>(tiles, values.lead), threshold, results);
     };
     dispatch_bool(threshold.per_channel != nullptr, [&](auto per_channel) {
       layout == Layout::kNCHW ? run(NchwTiles(shape, processors), pack_nchw<per_channel, T>)
@@ -567,7 +573,7 @@ void unpack_bits(const ImageShape& shape, const uint8_t* packed, void* x, DataTy
     const Array<T> values(static_cast<T*>(x), value_count(shape));
     const auto run = [&](const auto& tiles, const auto& kernel) {
       launch("unpack_bits", queue, tiles.count(), kThreads, kernel, tiles,
-             reinterpret_cast<const Chunk*>(packed), values, row_pieces_of<T>(tiles));
+             reinterpret_cast<const Chunk*>(packed), values, row_pieces_of<T>(tiles, values.lead));
     };
     if (layout == Layout::kNCHW) return run(NchwTiles(shape, processors), unpack_nchw<T>);
     run(NhwcTiles(shape, processors), unpack_nhwc<T>);

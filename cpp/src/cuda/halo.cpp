@@ -194,7 +194,7 @@ class Planner {
   // proportions.
   double cost(const HaloPlan& plan) const {
     constexpr double kHaloBytes = 10, kWeightBytes = 40, kStoreBytes = 17.5;  // Per cycle.
-    constexpr double kStart = 2250, kTile = 630, kRun = 340, kLoadLatency = 600;
+    constexpr double kStart = 1850, kBlock = 8, kTile = 630, kRun = 340, kLoadLatency = 600;
     constexpr double kPairLatency = 200;
     const double channels = plan.block_channels;
     const int64_t blocks = ceil_div(shape_.weight.out_channels, plan.block_channels);
@@ -227,7 +227,10 @@ class Planner {
     }
     const double rounds = static_cast<double>(ceil_div(tiles * plan.runs, at_once));
     const double work = std::max(rounds * alone, tiles * tile + alone);
-    return (kStart + load + work + tiles * kTile) * waves;
+    // Where there are fewer blocks, they share less, and those of the next kernel find room beside
+    // them.
+    const double grid = static_cast<double>(blocks * std::min<int64_t>(plan.tiles, workers));
+    return (kStart + load + work + tiles * kTile) * waves + kBlock * grid;
   }
 
  private:
@@ -267,11 +270,12 @@ void search(const Planner& planner, const HaloLimits& limits, int64_t batch, Bes
     const int64_t pitch = pitch_of(planner.columns(), columns);
     for (int64_t images : {1, 2, 3, 4, 8, 16, 32, 64}) {
       if (images > 1 && (images > batch || columns < out_width)) break;
-      int64_t tried_rows = 0;
-      for (int64_t parts = 1; parts <= out_height; parts += parts < 4 ? 1 : parts / 2) {
+      int64_t tried_rows = out_height + 1;
+      for (int64_t parts = 1; tried_rows > 1; parts += parts < 4 ? 1 : parts / 2) {
         const int64_t rows = ceil_div(out_height, parts);
-        if (rows == tried_rows || (images > 1 && rows * images * pitch > kManyPixels)) continue;
+        if (rows == tried_rows) continue;
         tried_rows = rows;
+        if (images > 1 && rows * images * pitch > kManyPixels) continue;
         HaloPlan plan = planner.plan(rows, columns, images, pitch);
         if (plan.is_streamed && plan.runs > plan.runs_at_once(limits)) continue;
         if (!planner.fit(plan)) continue;

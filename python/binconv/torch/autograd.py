@@ -15,14 +15,19 @@ from .estimators import EDE, Clip, Estimator, Identity, of_parameter
 CLIP = Clip()
 LEVELS = 127  # Of the derivatives that backward keeps as 8-bit codes, on either side of 0.
 
+_TENSORS = (
+    "Tensor x, Tensor weight, Tensor? shift, Tensor? scale, Tensor? bias, Tensor? residual, "
+    "Tensor? prepared, Tensor? progress"
+)
+_OTHERS = "int[10] geometry, ScalarType out_dtype, str ste, float ste_parameter"
+_RESULTS = "(Tensor, Tensor, Tensor)"
+
 _library = torch.library.Library("binconv", "FRAGMENT")
 _library.define(
-    "sign_conv2d(Tensor x, Tensor weight, Tensor? leaf, Tensor? shift, Tensor? scale, "
-    "Tensor? bias, Tensor? residual, Tensor? prepared, "
-    "Tensor? progress, int[2] stride, "
-    "int[4] padding, int[2] dilation, int groups, int pad_value, ScalarType out_dtype, str ste, "
-    "float ste_parameter, str weight_ste, float weight_ste_parameter) -> (Tensor, Tensor, Tensor)"
+    f"sign_conv2d({_TENSORS}, Tensor? leaf, {_OTHERS}, str weight_ste, "
+    f"float weight_ste_parameter) -> {_RESULTS}"
 )
+_library.define(f"sign_conv2d_no_grad({_TENSORS}, {_OTHERS}) -> {_RESULTS}")
 
 
 def sign_conv2d(
@@ -72,9 +77,10 @@ def sign_conv2d(
         ste: the estimator for x + shift.
         weight_ste: the estimator for weight.
     """
-    tensors = x, weight, leaf, shift, scale, bias, residual, prepared, progress
+    tensors = x, weight, shift, scale, bias, residual, prepared, progress, leaf
+    stride, padding, dilation, groups, pad_value = geometry
     others = (
-        *geometry,
+        (*stride, *padding, *dilation, groups, pad_value),
         out_dtype,
         ste.name,
         _parameter(ste, progress),
@@ -131,52 +137,53 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
 def _sign_conv2d(
     x: Tensor,
     weight: Tensor,
-    leaf: Tensor | None,
     shift: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     prepared: Tensor | None,
     progress: Tensor | None,
-    *arguments: Any,
+    geometry: Sequence[int],
+    out_dtype: torch.dtype,
+    ste: str,
+    ste_parameter: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    *geometry, out_dtype, ste, ste_parameter, _, _ = arguments
+    """The result, and what backward needs of x: bits (see _fake_sign_conv2d) and 8-bit codes."""
     estimator = of_parameter(ste, ste_parameter, None if progress is None else progress[0])
-    packed, kept = _packed_and_kept(estimator, x, shift)
+    threshold = None if shift is None else -shift.detach()
+    if isinstance(estimator, Clip):
+        kept = ops.pack_bits_and_clip(x, threshold, estimator.limit)
+        packed = kept[0]
+    else:
+        packed = ops._pack_bits(x, 0.0, threshold)
+        kept = packed.unsqueeze(0)
     if prepared is None:
         bits = ops._pack_bits(weight, 0.0, None)
-        prepared = ops._prepare_weight(bits, weight.shape[1], geometry[3])
+        prepared = ops._prepare_weight(bits, weight.shape[1], geometry[8])
     convolve: Any = ops._packed_conv2d
     y = convolve(
         packed,
         prepared,
-        ops.packed_geometry(weight.shape, *geometry),
+        (*weight.shape, *geometry),
         out_dtype,
         ops.is_channels_last(x),
         scale,
         bias,
         residual,
     )
-    return y, _narrow(packed, x.shape[1]), kept
+    return y, _narrow(kept, x.shape[1]), _codes(estimator, x, shift)
 
 
-def _packed_and_kept(
-    estimator: Estimator, x: Tensor, shift: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The signs, and what backward needs of the derivative: nothing, bits or 8-bit codes."""
-    threshold = None if shift is None else -shift.detach()
-    if isinstance(estimator, Clip):
-        packed, inside = ops.pack_bits_and_clip(x, threshold, estimator.limit)
-        return packed, _narrow(inside, x.shape[1])
-    packed = ops._pack_bits(x, 0.0, threshold)
-    if isinstance(estimator, Identity):
-        return packed, packed.new_empty(0)
+def _codes(estimator: Estimator, x: Tensor, shift: Tensor | None) -> Tensor:
+    """The derivative as codes from -LEVELS to LEVELS, if bits do not tell it."""
+    if isinstance(estimator, (Clip, Identity)):
+        return x.new_empty(0, dtype=torch.int8)
     values = x.detach().float()
     if shift is not None:
         values = values + shift.detach().view(-1, 1, 1)
-    codes = estimator.derivative(values).mul_(LEVELS / estimator.peak).round_()
-    kept = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=_memory_format(x))
-    return packed, kept.copy_(codes)
+    derivative = estimator.derivative(values).mul_(LEVELS / estimator.peak).round_()
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=_memory_format(x))
+    return codes.copy_(derivative)
 
 
 def _narrow(packed: Tensor, channels: int) -> Tensor:
@@ -184,21 +191,22 @@ def _narrow(packed: Tensor, channels: int) -> Tensor:
     return packed[..., : (channels + 7) // 8].contiguous() if channels % 128 else packed
 
 
-def _widen(narrow: Tensor, channels: int) -> Tensor:
-    """With the unused bytes of each pixel, as the kernels read them."""
-    missing = 16 * ((channels + 127) // 128) - (channels + 7) // 8
-    return torch.nn.functional.pad(narrow, (0, missing)) if missing else narrow
-
-
 def _unpacked(narrow: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """Of bits as _narrow leaves them, +1 and -1, (N, C, H, W) in channels_last."""
-    if not torch.compiler.is_compiling():
-        y: Tensor = ops.call("unpack_bits", _widen(narrow, channels), channels, dtype)
-        return y
-    # A compiler fuses this with what uses it.
-    masks = 1 << torch.arange(8, dtype=torch.uint8, device=narrow.device)
-    bits = (narrow.unsqueeze(-1) & masks).flatten(3)[..., :channels]
-    return ((bits != 0).to(dtype) * 2 - 1).permute(0, 3, 1, 2)
+    if ops.is_traced(narrow):  # A compiler fuses this with what uses it.
+        masks = 1 << torch.arange(8, dtype=torch.uint8, device=narrow.device)
+        bits = (narrow.unsqueeze(-1) & masks).flatten(3)[..., :channels]
+        return ((bits != 0).to(dtype) * 2 - 1).permute(0, 3, 1, 2)
+    y: Tensor
+    gap = 16 * ((channels + 127) // 128) - narrow.shape[3]
+    if gap and channels % 8 == 0 and narrow.numel() % 16 == 0:
+        # Pixels without unused bits are one row of bits, which nobody needs to widen.
+        row = ops.call("unpack_bits", narrow.view(1, 1, -1, 16), 128, dtype)
+        y = row.permute(0, 2, 3, 1).view(*narrow.shape[:3], channels).permute(0, 3, 1, 2)
+    else:
+        wide = torch.nn.functional.pad(narrow, (0, gap)) if gap else narrow
+        y = ops.call("unpack_bits", wide, channels, dtype)
+    return y
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
@@ -208,32 +216,32 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 def _fake_sign_conv2d(
     x: Tensor,
     weight: Tensor,
-    leaf: Tensor | None,
     shift: Tensor | None,
     scale: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
     prepared: Tensor | None,
     progress: Tensor | None,
-    *arguments: Any,
+    geometry: Sequence[int],
+    out_dtype: torch.dtype,
+    ste: str,
+    ste_parameter: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stride, padding, dilation, _, _, out_dtype, ste, *_ = arguments
+    """Bits: (1 or 2, N, H, W, bytes), the signs and for a clip which values are within it."""
     batch, channels, height, width = x.shape
+    stride, padding, dilation = geometry[:2], geometry[2:6], geometry[6:8]
     sizes = ops.out_sizes(batch, (height, width), weight.shape, stride, padding, dilation)
     form: dict[str, Any] = {"device": x.device, "memory_format": _memory_format(x)}
     y = torch.empty(sizes, dtype=out_dtype, **form)
-    bits = torch.empty(
-        (batch, height, width, (channels + 7) // 8), dtype=torch.uint8, device=x.device
-    )
-    if ste == Identity.name:
-        return y, bits, bits.new_empty(0)
-    if ste == Clip.name:
-        return y, bits, torch.empty_like(bits)
-    return y, bits, torch.empty(x.shape, dtype=torch.int8, **form)
+    bits = 2 if ste == Clip.name else 1, batch, height, width, (channels + 7) // 8
+    kept = torch.empty(bits, dtype=torch.uint8, device=x.device)
+    if ste in (Clip.name, Identity.name):
+        return y, kept, x.new_empty(0, dtype=torch.int8)
+    return y, kept, torch.empty(x.shape, dtype=torch.int8, **form)
 
 
 class _SignConv2d(torch.autograd.Function):
-    """What autograd records: the operator below autograd, and `_backward`.
+    """What autograd records: the operator without autograd, and `_backward`.
 
     Not by torch.library.register_autograd, which spends ten times as much a call on an operator
     with this many arguments.
@@ -241,13 +249,13 @@ class _SignConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _below_autograd(*inputs)
+        output = _without_autograd(*inputs)
         _save(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grads[0])
+        return *_backward(ctx, grads[0]), *[None] * 5
 
 
 class _SignConv2dKernel(torch.autograd.Function):
@@ -259,71 +267,79 @@ class _SignConv2dKernel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
-        flat = (*inputs[:-1], *inputs[-1])
-        output = _sign_conv2d(*flat)
+        *tensors, others = inputs
+        flat = (*tensors, *others)
+        output = _sign_conv2d(*_of_no_grad(flat))
         _save(ctx, flat, output)
         return output[0]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad)[:10]
+        return _backward(ctx, grad)
+
+
+def _of_no_grad(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of sign_conv2d_no_grad among those of sign_conv2d."""
+    return *inputs[:8], *inputs[9:13]
 
 
 def _autograd(*inputs: Any) -> Any:
     """What the dispatcher calls for autograd, which it spares where there is nothing to record."""
-    if wants_gradient(*inputs[:7]) or forward_ad._current_level >= 0:
+    if wants_gradient(*inputs[:6], inputs[8]) or forward_ad._current_level >= 0:
         return _SignConv2d.apply(*inputs)  # type: ignore[no-untyped-call]
-    return _below_autograd(*inputs)
+    return _without_autograd(*inputs)
 
 
-def _below_autograd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
-        output: tuple[Tensor, Tensor, Tensor] = ops.call("sign_conv2d", *inputs)
+def _without_autograd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    output: tuple[Tensor, Tensor, Tensor] = ops.call("sign_conv2d_no_grad", *_of_no_grad(inputs))
     return output
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, _, scale, _, residual, _, progress, *arguments = inputs
-    *geometry, _, ste, ste_parameter, weight_ste, weight_ste_parameter = arguments
+    x, weight, _, scale, _, residual, _, progress, _, geometry, _, *estimators = inputs
+    _, bits, codes = output
     ctx.set_materialize_grads(False)  # Bits have no gradient, not one of zeros.
-    ctx.save_for_backward(output[1], output[2], weight, scale, progress)
+    ctx.save_for_backward(bits, codes, weight, scale, progress)
     ctx.geometry = geometry
     ctx.dtypes = x.dtype, None if residual is None else residual.dtype
-    ctx.estimators = (ste, ste_parameter), (weight_ste, weight_ste_parameter)
+    ctx.estimators = estimators
 
 
 def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of the tensors among the arguments, and None."""
     if grad is None:
-        return (None,) * 19
-    bits, kept, weight, scale, progress = ctx.saved_tensors
-    ste, weight_ste = (
-        of_parameter(name, parameter, None if progress is None else progress[i])
-        for i, (name, parameter) in enumerate(ctx.estimators)
-    )
-    needs_x, needs_weight, needs_leaf, needs_shift, needs_scale, needs_bias, needs_residual = (
-        ctx.needs_input_grad[:7]
+        return (None,) * 10
+    bits, codes, weight, scale, progress = ctx.saved_tensors
+    of_x, of_weight = (None, None) if progress is None else progress
+    name, parameter, weight_name, weight_parameter = ctx.estimators
+    ste = of_parameter(name, parameter, of_x)
+    weight_ste = of_parameter(weight_name, weight_parameter, of_weight)
+    needs_x, needs_weight, needs_shift, needs_scale, needs_bias, needs_residual, *_, needs_leaf = (
+        ctx.needs_input_grad[:9]
     )
     x_dtype, residual_dtype = ctx.dtypes
     of_signs = _sign_gradients(
         grad,
-        bits,
+        bits[0],
         weight,
         scale,
         ctx.geometry,
         (needs_x or needs_shift, needs_weight or needs_leaf or needs_scale),
     )
-    grad_x = _let_through(ste, of_signs[0], kept)
+    grad_x = _let_through(ste, of_signs[0], bits, codes)
     grad_shift = grad_x.sum((0, 2, 3), dtype=torch.float32) if needs_shift else None
     grad_weight, grad_scale = _weight_gradients(of_signs[1], weight, scale, needs_scale, weight_ste)
     return (
         grad_x.to(x_dtype) if needs_x else None,
         grad_weight.to(weight.dtype) if needs_weight else None,
-        grad_weight if needs_leaf else None,
         grad_shift,
         grad_scale,
         grad.sum((0, 2, 3), dtype=torch.float32) if needs_bias else None,
         grad.to(residual_dtype) if needs_residual else None,
-        *[None] * 12,
+        None,
+        None,
+        grad_weight if needs_leaf else None,
+        None,
     )
 
 
@@ -332,13 +348,14 @@ def _sign_gradients(
     bits: Tensor,
     weight: Tensor,
     scale: Tensor | None,
-    geometry: Sequence[Any],
+    geometry: Sequence[int],
     needs: tuple[bool, bool],
 ) -> tuple[Any, Any]:
     """convT(grad, scale * sign(weight)) and corr(grad, sign(x))."""
     if not any(needs):
         return None, None
-    stride, (top, left, bottom, right), dilation, groups, pad_value = geometry
+    stride, (top, left, bottom, right), dilation = geometry[:2], geometry[2:6], geometry[6:8]
+    groups, pad_value = geometry[8:]
     channels = weight.shape[1] * groups
     signs = _unpacked(bits, channels, grad.dtype)
     padded = pad_value != 0 or (top, left) != (bottom, right)
@@ -370,14 +387,14 @@ def _scaled_signs(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> T
     return torch.where(weight >= 0, factor, -factor)
 
 
-def _let_through(estimator: Estimator, grad: Any, kept: Tensor) -> Any:
+def _let_through(estimator: Estimator, grad: Any, bits: Tensor, codes: Tensor) -> Any:
     """The product grad * g(x), from what was kept of g(x)."""
     if grad is None or isinstance(estimator, Identity):
         return grad
     if isinstance(estimator, Clip):
-        inside = _unpacked(kept, grad.shape[1], torch.int8)
+        inside = _unpacked(bits[1], grad.shape[1], torch.int8)
         return torch.ops.aten.threshold_backward(grad, inside, 0)  # One operation, not two.
-    return grad * kept * (estimator.peak / LEVELS)
+    return grad * codes * (estimator.peak / LEVELS)
 
 
 def _weight_gradients(
@@ -390,19 +407,30 @@ def _weight_gradients(
     """Of weight, in float32, and of scale if it needs one."""
     if of_signs is None:
         return None, None
-    of_signs = of_signs.float()
     grad_scale = None
     if needs_scale:
         grad_scale = (of_signs * _scaled_signs(weight, None, torch.float32)).sum((1, 2, 3))
-    if scale is not None:
-        of_signs = of_signs * scale.view(-1, 1, 1, 1)
+    of_signs = of_signs.float() if scale is None else of_signs * scale.view(-1, 1, 1, 1)
+    if isinstance(estimator, Clip):
+        return of_signs * (weight.float().abs() <= estimator.limit), grad_scale
     if not isinstance(estimator, Identity):
         of_signs = of_signs * estimator.derivative(weight.float())
     return of_signs, grad_scale
 
 
-for _key in ("CPU", "CUDA"):
-    _library.impl("sign_conv2d", _sign_conv2d, _key)
-ops.kernels["sign_conv2d"] = _sign_conv2d
-torch.library.register_fake("binconv::sign_conv2d", _fake_sign_conv2d, lib=_library)
+_OPERATORS = [
+    ("sign_conv2d", lambda *inputs: _sign_conv2d(*_of_no_grad(inputs))),
+    ("sign_conv2d_no_grad", _sign_conv2d),
+]
+for _name, _function in _OPERATORS:
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _function, _key)
+ops.kernels["sign_conv2d_no_grad"] = _sign_conv2d
+torch.library.register_fake(
+    "binconv::sign_conv2d",
+    lambda *inputs: _fake_sign_conv2d(*_of_no_grad(inputs)),
+    lib=_library,
+)
+torch.library.register_fake("binconv::sign_conv2d_no_grad", _fake_sign_conv2d, lib=_library)
 _library.impl("sign_conv2d", _autograd, "Autograd")
+_library.impl("sign_conv2d_no_grad", torch.library.fallthrough_kernel, "Autograd")

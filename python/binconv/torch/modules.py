@@ -243,7 +243,7 @@ class BinaryConv2d(nn.Conv2d):
         can_keep = self._prepared is not None and "weight" in self._parameters
         if not torch.compiler.is_compiling():
             can_keep = can_keep and not self.weight.is_inference()
-        return can_keep and not self.training and not _is_exporting()
+        return can_keep and not self.training and not torch.compiler.is_exporting()
 
     def _kept_weight(self) -> tuple[Tensor, Tensor | None]:
         if self._kept_shape != self.weight.shape:
@@ -354,10 +354,6 @@ class RPReLU(nn.Module):
     def extra_repr(self) -> str:
         """The number of channels."""
         return str(len(self.slope))
-
-
-def _is_exporting() -> bool:
-    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())  # From torch 2.7 on.
 
 
 def _float(parameter: Tensor | None) -> Tensor | None:

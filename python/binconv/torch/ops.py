@@ -16,6 +16,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 import binconv
@@ -97,6 +99,11 @@ def reaches_kernel(arguments: Sequence[Any]) -> bool:
     return True
 
 
+def is_traced(x: Tensor) -> bool:
+    """Whether x stands for a tensor in a graph that is being made, and has no values."""
+    return torch.compiler.is_compiling() or isinstance(x, (FakeTensor, FunctionalTensor))
+
+
 def _is_plain(x: Tensor) -> bool:
     if torch.overrides.has_torch_function_unary(x):  # Also where a function mode is on.
         return False
@@ -162,25 +169,22 @@ def _pack_bits(x: Tensor, threshold: float, channel_threshold: Tensor | None) ->
     return packed
 
 
-def pack_bits_and_clip(
-    x: Tensor, channel_threshold: Tensor | None, limit: float
-) -> tuple[Tensor, Tensor]:
-    """The bits of x >= threshold, which is 0 if not given, and of |x - threshold| <= limit.
+def pack_bits_and_clip(x: Tensor, channel_threshold: Tensor | None, limit: float) -> Tensor:
+    """(2, N, H, W, bytes): of x >= threshold, 0 if not given, and of |x - threshold| <= limit.
 
     A limit beyond float32 holds all of its finite numbers, as the largest of them does.
     """
     array, layout = _dense(x)
-    packed, inside = _new_packed(x.shape, x), _new_packed(x.shape, x)
+    packed = torch.empty((2, *_packed_sizes(x.shape)), dtype=torch.uint8, device=x.device)
     binconv.pack_bits_and_clip(
         _array(array),
-        _array(packed),
-        _array(inside),
+        *map(_array, packed.unbind()),
         layout=layout,
         threshold=_limit(0.0, channel_threshold),
         limit=min(limit, torch.finfo(torch.float32).max),
         **_queue(x),
     )
-    return packed, inside
+    return packed
 
 
 def _limit(threshold: float, channel_threshold: Tensor | None) -> Any:
@@ -188,10 +192,13 @@ def _limit(threshold: float, channel_threshold: Tensor | None) -> Any:
 
 
 def _new_packed(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.empty(_packed_sizes(shape), dtype=torch.uint8, device=like.device)
+
+
+def _packed_sizes(shape: Sequence[int]) -> tuple[int, ...]:
     # packed_bytes in Python: the sizes can be symbolic.
     batch, channels, height, width = shape
-    sizes = (batch, height, width, 16 * ((channels + 127) // 128))
-    return torch.empty(sizes, dtype=torch.uint8, device=like.device)
+    return batch, height, width, 16 * ((channels + 127) // 128)
 
 
 def _fake_pack_bits(x: Tensor, threshold: float, channel_threshold: Tensor | None) -> Tensor:
