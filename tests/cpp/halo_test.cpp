@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <thread>
 #include <vector>
 
 #include "conv2d_check.h"
@@ -106,6 +107,20 @@ TEST(Halo, PlansFitAndCoverTheOutput) {
     const int channels = plan.block_channels;
     CHECK(channels == 32 || channels == 64 || channels == 128);
     CHECK(channels >= (plan.is_streamed ? 128 : limits.least_channels));
+  }
+}
+
+TEST(Halo, AShapeHasOnePlanWhateverWasPlannedBefore) {
+  const auto key = [](const HaloPlan& p) {
+    return std::array{p.block_channels, p.tile_rows, p.tile_columns, p.tile_images, p.tiles,
+                      p.runs,           p.pitch,     p.halo_stages,  p.parts,       p.part_taps};
+  };
+  const std::vector<Sample> all = samples();
+  for (auto sample = all.rbegin(); sample != all.rend(); ++sample) {
+    CHECK(key(plan_halo(sample->shape, sample->limits)) == key(sample->plan));
+    std::array<int32_t, 10> alone = {};
+    std::thread([&] { alone = key(plan_halo(sample->shape, sample->limits)); }).join();
+    CHECK(alone == key(sample->plan));
   }
 }
 

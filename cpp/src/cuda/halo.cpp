@@ -1,6 +1,7 @@
 #include "cuda/halo.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <optional>
 
@@ -258,7 +259,7 @@ struct Best {
 };
 
 // Tries tiles over one and several images, and where rows are long also parts of rows. It is quick
-// rather than thorough, since every call of a convolution plans.
+// rather than thorough, since the first call for each size of image waits for it.
 void search(const Planner& planner, const HaloLimits& limits, int64_t batch, Best& best) {
   constexpr int64_t kLongRow = 64, kManyPixels = 1024;
   const int64_t out_height = planner.rows().out, out_width = planner.columns().out;
@@ -371,6 +372,49 @@ class PairList {
   HaloPair* to_;
 };
 
+HaloPlan best_plan(const Conv2dShape& shape, const HaloLimits& limits) {
+  const WeightShape& weight = shape.weight;
+  const bool whole_blocks = has_whole_blocks(weight);
+  Best best;
+  if (weight.out_channels > 64 && whole_blocks) {
+    search(Planner(shape, limits, 128, false), limits, shape.batch, best);
+  }
+  // Narrow blocks give more of them to few pixels.
+  const int64_t pixels = shape.batch * shape.out_height() * shape.out_width();
+  const int64_t runs = ceil_div(pixels, kRunPixels) * ceil_div(weight.out_channels, 128);
+  if (!best.plan || runs < 8 * limits.multiprocessors) {
+    search(Planner(shape, limits, 64, false), limits, shape.batch, best);
+  }
+  if (limits.least_channels < 64 && (weight.out_channels <= 32 || runs < limits.multiprocessors)) {
+    search(Planner(shape, limits, 32, false), limits, shape.batch, best);
+  }
+  const PreparedLayout prepared = prepared_layout(weight);
+  const int64_t block_bytes = prepared.chunks * prepared.taps * 128 * kChunkBytes;
+  if (whole_blocks && (!best.plan || 2 * block_bytes > limits.shared_bytes)) {
+    search(Planner(shape, limits, 128, true), limits, shape.batch, best);
+  }
+  if (best.plan) return *best.plan;
+  return *smallest_plan(shape, limits);
+}
+
+using Numbers = std::array<int64_t, 17>;
+
+Numbers numbers_of(const Conv2dShape& s) {
+  const WeightShape& w = s.weight;
+  return {w.out_channels,   w.in_channels, w.kernel_height, w.kernel_width,  w.groups,
+          s.batch,          s.in_height,   s.in_width,      s.stride_height, s.stride_width,
+          s.pad_top,        s.pad_left,    s.pad_bottom,    s.pad_right,     s.dilation_height,
+          s.dilation_width, s.pad_value};
+}
+
+uint64_t hash_of(const Numbers& numbers) {
+  uint64_t hash = 0;
+  for (int64_t number : numbers) {
+    hash = (hash ^ static_cast<uint64_t>(number)) * 0x9e3779b97f4a7c15;  // 2^64 / golden ratio.
+  }
+  return hash >> 32;
+}
+
 }  // namespace
 
 Border border_of(const AxisShape& a) {
@@ -445,28 +489,19 @@ bool halo_accepts(const Conv2dShape& shape, const HaloLimits& limits) {
 }
 
 HaloPlan plan_halo(const Conv2dShape& shape, const HaloLimits& limits) {
-  const WeightShape& weight = shape.weight;
-  const bool whole_blocks = has_whole_blocks(weight);
-  Best best;
-  if (weight.out_channels > 64 && whole_blocks) {
-    search(Planner(shape, limits, 128, false), limits, shape.batch, best);
+  struct Planned {
+    Numbers shape;
+    HaloLimits limits;
+    HaloPlan plan;
+  };
+  // Networks repeat their shapes, and planning takes as long as a launch.
+  static thread_local std::array<std::optional<Planned>, 64> planned;
+  const Numbers numbers = numbers_of(shape);
+  std::optional<Planned>& slot = planned[hash_of(numbers) % planned.size()];
+  if (!slot || slot->shape != numbers || slot->limits != limits) {
+    slot = {numbers, limits, best_plan(shape, limits)};
   }
-  // Narrow blocks give more of them to few pixels.
-  const int64_t pixels = shape.batch * shape.out_height() * shape.out_width();
-  const int64_t runs = ceil_div(pixels, kRunPixels) * ceil_div(weight.out_channels, 128);
-  if (!best.plan || runs < 8 * limits.multiprocessors) {
-    search(Planner(shape, limits, 64, false), limits, shape.batch, best);
-  }
-  if (limits.least_channels < 64 && (weight.out_channels <= 32 || runs < limits.multiprocessors)) {
-    search(Planner(shape, limits, 32, false), limits, shape.batch, best);
-  }
-  const PreparedLayout prepared = prepared_layout(weight);
-  const int64_t block_bytes = prepared.chunks * prepared.taps * 128 * kChunkBytes;
-  if (whole_blocks && (!best.plan || 2 * block_bytes > limits.shared_bytes)) {
-    search(Planner(shape, limits, 128, true), limits, shape.batch, best);
-  }
-  if (best.plan) return *best.plan;
-  return *smallest_plan(shape, limits);
+  return slot->plan;
 }
 
 }  // namespace binconv::cuda

@@ -38,6 +38,8 @@ struct HaloLimits {
   bool keeps_step;  // All of a block ends with one tile before it multiplies the next, and all of
                     // it loads: where weights are streamed, by a list of the halo's sources.
   int most_halo_stages, most_streamed_parts;  // Buffers; at least kLeastStages.
+
+  bool operator==(const HaloLimits&) const = default;
 };
 
 constexpr int kLeastStages = 2;
