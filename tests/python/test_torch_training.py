@@ -233,6 +233,64 @@ def test_estimators_take_separate_choices_for_input_and_weight(device):
     reference_torch.assert_gradient_is(layer.weight.grad, expected[1])
 
 
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("size", [(2, 3, 5), (2, 4, 4), (0, 3, 3)], ids=str)
+@pytest.mark.parametrize("channels", [1, 7, 8, 9, 24, 65, 121, 128, 130])
+def test_bits_come_back_for_any_number_of_channels_and_pixels(device, channels, size, compiles):
+    """Of some sizes, the bits fill whole groups of 16 bytes, of others not."""
+    g = torch.Generator().manual_seed(channels)
+    batch, *pixels = size
+    x = on_a_grid(g, batch, channels, *pixels).to(device).requires_grad_()
+    w = on_a_grid(g, 5, channels, 2, 3).to(device).requires_grad_()
+    function = binary_conv2d
+    if compiles:
+        torch._dynamo.reset()
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    y = function(x, w, padding=1)
+    grad = torch.randint(-3, 4, y.shape, generator=g).float()
+    y.backward(grad.to(device))
+    expected = reference_torch.gradients(x, w, grad, padding=1)
+    reference_torch.assert_gradient_is(x.grad, expected[0])
+    reference_torch.assert_gradient_is(w.grad, expected[1])
+
+
+def test_input_and_weight_follow_schedules_of_their_own(device):
+    layer = BinaryConv2d(24, 6, 3, padding=1, weight_scale=None, ste=EDE(0.7), weight_ste=EDE(0.2))
+    layer.to(device)
+    g = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        layer.weight.copy_(on_a_grid(g, *layer.weight.shape))
+    x = on_a_grid(g, 2, 24, 7, 6).to(device).requires_grad_()
+    y = layer(x)
+    y.sum().backward()
+    of_x, of_w = ede_function(0.7), ede_function(0.2)
+    expected = reference_gradients(x, layer.weight, torch.ones_like(y), of_x, of_w, padding=1)
+    # A derivative of x is off by half a code, peak / 254, and each of 6 x 9 sums' terms may be.
+    assert (x.grad.cpu().double() - expected[0]).abs().max() <= 54 * 10**0.4 / 254
+    reference_torch.assert_gradient_is(layer.weight.grad, expected[1], rounding=1e-5)
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "shift", "scale", "bias", "residual", "leaf"])
+def test_each_tensor_of_the_operator_gets_its_own_gradient(device, wanted):
+    g = torch.Generator().manual_seed(5)
+    shapes = {"x": (2, 24, 5, 4), "weight": (6, 24, 3, 3), "shift": (24,), "scale": (6,)}
+    shapes |= {"bias": (6,), "residual": (2, 6, 5, 4), "leaf": (6, 24, 3, 3)}
+    tensors = {name: on_a_grid(g, *shape).to(device) for name, shape in shapes.items()}
+    tensors[wanted].requires_grad_()
+    x, w, shift, scale, bias, residual, leaf = tensors.values()
+    geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0]
+    arguments = *[None] * 2, leaf, geometry, x.dtype, "clip", 1.0, "clip", 1.0
+    y, *_ = torch.ops.binconv.sign_conv2d(x, w, shift, scale, bias, residual, *arguments)
+    grad = torch.randint(-3, 4, y.shape, generator=g).float()
+    y.backward(grad.to(device))
+    of_x, of_w = clip_function(1.0), clip_function(1.0)
+    others = {"shift": shift, "scale": scale, "bias": bias, "padding": 1}
+    expected = reference_gradients(x, w, grad, of_x, of_w, **others)
+    every = dict(zip(("x", "weight", "shift", "scale", "bias"), expected, strict=True))
+    every |= {"residual": grad.double(), "leaf": expected[1]}
+    reference_torch.assert_gradient_is(tensors[wanted].grad, every[wanted])
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_derivative_is_that_of_the_paper(case):
     estimator, function, peak = CASES[case]
@@ -524,6 +582,27 @@ def test_meta_device_gives_the_right_forms():
     layer(x).sum().backward()
     for tensor in (x, *layer.parameters()):
         assert tensor.grad.shape == tensor.shape
+
+
+def test_the_gradient_of_a_scale_is_summed_in_float32(device):
+    x = torch.ones(1, 461, 5, 1, device=device, dtype=torch.float16)
+    w = torch.ones(1, 461, 5, 1, device=device, dtype=torch.float16, requires_grad=True)
+    scale = torch.ones(1, device=device, requires_grad=True)
+    binary_conv2d(x, w, scale=scale, out_dtype=torch.float16).sum().backward()
+    assert scale.grad.tolist() == [2305.0]  # Not a float16.
+
+
+@pytest.mark.filterwarnings("ignore:binconv..abs_mean")  # The scale is meant to have no gradient.
+def test_gradients_pass_an_exported_and_decomposed_program(device):
+    layers = nn.Conv2d(3, 16, 3), nn.Tanh(), BinaryConv2d(16, 16, 3), nn.Tanh(), nn.Conv2d(16, 4, 1)
+    model, x = nn.Sequential(*layers).to(device), torch.randn(2, 3, 8, 8, device=device)
+    program = torch.export.export(model, (x,)).run_decompositions().module()
+    program(x).square().sum().backward()
+    model(x).square().sum().backward()
+    got = dict(program.named_parameters())
+    for name, parameter in model.named_parameters():
+        expected = parameter.grad.cpu().double()
+        reference_torch.assert_gradient_is(got[name].grad, expected, rounding=1e-5)
 
 
 @pytest.mark.parametrize("options", [{}, REACT], ids=["plain", "react"])

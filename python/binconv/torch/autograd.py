@@ -249,7 +249,8 @@ class _SignConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output = _without_autograd(*inputs)
+        output: tuple[Tensor, Tensor, Tensor]
+        output = ops.call("sign_conv2d_no_grad", *_of_no_grad(inputs))
         _save(ctx, inputs, output)
         return output
 
@@ -284,15 +285,14 @@ def _of_no_grad(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _autograd(*inputs: Any) -> Any:
-    """What the dispatcher calls for autograd, which it spares where there is nothing to record."""
+    """What the dispatcher calls for autograd, which it spares where there is nothing to record.
+
+    A trace of that holds the operator itself, so that gradients can still pass what is traced.
+    """
     if wants_gradient(*inputs[:6], inputs[8]) or forward_ad._current_level >= 0:
         return _SignConv2d.apply(*inputs)  # type: ignore[no-untyped-call]
-    return _without_autograd(*inputs)
-
-
-def _without_autograd(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    output: tuple[Tensor, Tensor, Tensor] = ops.call("sign_conv2d_no_grad", *_of_no_grad(inputs))
-    return output
+    with torch._C._AutoDispatchBelowAutograd():
+        return ops.call("sign_conv2d", *inputs)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -418,19 +418,18 @@ def _weight_gradients(
     return of_signs, grad_scale
 
 
-_OPERATORS = [
-    ("sign_conv2d", lambda *inputs: _sign_conv2d(*_of_no_grad(inputs))),
-    ("sign_conv2d_no_grad", _sign_conv2d),
+_OPERATORS: list[tuple[str, Any, Any]] = [
+    ("sign_conv2d_no_grad", _sign_conv2d, _fake_sign_conv2d),
+    (
+        "sign_conv2d",
+        lambda *inputs: _sign_conv2d(*_of_no_grad(inputs)),
+        lambda *inputs: _fake_sign_conv2d(*_of_no_grad(inputs)),
+    ),
 ]
-for _name, _function in _OPERATORS:
+for _name, _function, _fake in _OPERATORS:
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _function, _key)
-ops.kernels["sign_conv2d_no_grad"] = _sign_conv2d
-torch.library.register_fake(
-    "binconv::sign_conv2d",
-    lambda *inputs: _fake_sign_conv2d(*_of_no_grad(inputs)),
-    lib=_library,
-)
-torch.library.register_fake("binconv::sign_conv2d_no_grad", _fake_sign_conv2d, lib=_library)
+    torch.library.register_fake(f"binconv::{_name}", _fake, lib=_library)
+    ops.kernels[_name] = _function
 _library.impl("sign_conv2d", _autograd, "Autograd")
 _library.impl("sign_conv2d_no_grad", torch.library.fallthrough_kernel, "Autograd")

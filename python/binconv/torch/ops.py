@@ -156,9 +156,7 @@ def _dense(x: Tensor) -> tuple[Tensor, Literal["nchw", "nhwc"]]:
 
 def _array(x: Tensor | None) -> Any:
     """A tensor for the neutral functions, which take a capsule in a fifth of a tensor's time."""
-    if x is None:
-        return None
-    return to_dlpack(x.detach() if x.requires_grad else x)
+    return None if x is None else to_dlpack(x)
 
 
 def _pack_bits(x: Tensor, threshold: float, channel_threshold: Tensor | None) -> Tensor:
