@@ -794,6 +794,28 @@ def test_gradient_through_the_fused_operator_is_refused(device):
         y.sum().backward()
 
 
+@pytest.mark.parametrize("count", [9, 11])
+def test_raw_operators_refuse_a_geometry_of_another_length(device, count):
+    x, w = torch.ones(1, 8, 4, 4, device=device), torch.ones(4, 8, 1, 1, device=device)
+    geometry = [1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0][:count]
+    got = f"^geometry: got {count} numbers"
+    arguments = (*(None,) * 6, geometry, torch.float32, "clip", 1.0)
+    with pytest.raises(ValueError, match=got):
+        torch.ops.binconv.sign_conv2d_no_grad(x, w, *arguments)
+    bits, prepared = pack_bits(x).data, prepare_weight(w).data
+    with pytest.raises(ValueError, match=got):
+        torch.ops.binconv.packed_conv2d(bits, prepared, [4, 8, 1, 1, *geometry], None, False)
+
+
+def test_a_raw_operator_refuses_an_unknown_estimator(device):
+    x, w = torch.ones(1, 8, 4, 4, device=device), torch.ones(4, 8, 1, 1, device=device)
+    geometry = [1, 1, 0, 0, 0, 0, 1, 1, 1, 0]
+    with pytest.raises(ValueError, match=r"^ste: got 'clap'"):
+        torch.ops.binconv.sign_conv2d_no_grad(
+            x, w, *(None,) * 6, geometry, torch.float32, "clap", 1.0
+        )
+
+
 def test_calls_that_differ_in_one_size_are_told_apart(device):
     """Images of 8 and of 16 channels have packed forms of the same shape."""
     g = generator(60)

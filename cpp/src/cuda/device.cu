@@ -1,5 +1,5 @@
+#include <algorithm>
 #include <cstdlib>
-#include <sstream>
 #include <string>
 
 #include "check.h"
@@ -42,10 +42,15 @@ bool has_machine_code(std::string_view architecture) {
   // Then the driver compiles from PTX, in which the bodies of these kernels are empty.
   const char* forces_ptx = std::getenv("CUDA_FORCE_PTX_JIT");
   if (forces_ptx && *forces_ptx == '1') return false;
-  std::istringstream all(cuda_architectures());  // "80-real 90a-real 75-virtual"
-  for (std::string name; all >> name;) {
-    const std::string_view number = std::string_view(name).substr(0, name.find('-'));
-    if (number == architecture && !name.ends_with("-virtual")) return true;
+  const std::string_view all = cuda_architectures();  // "80-real 90a-real 75-virtual"
+  for (size_t start = 0; start < all.size();) {
+    const size_t end = std::min(all.find(' ', start), all.size());
+    const std::string_view name = all.substr(start, end - start);
+    if (name.starts_with(architecture)) {
+      const std::string_view kind = name.substr(architecture.size());
+      if (kind.empty() || kind == "-real") return true;
+    }
+    start = end + 1;
   }
   return false;
 }

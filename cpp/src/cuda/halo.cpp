@@ -271,12 +271,11 @@ void search(const Planner& planner, const HaloLimits& limits, int64_t batch, Bes
     const int64_t pitch = pitch_of(planner.columns(), columns);
     for (int64_t images : {1, 2, 3, 4, 8, 16, 32, 64}) {
       if (images > 1 && (images > batch || columns < out_width)) break;
-      int64_t tried_rows = out_height + 1;
-      for (int64_t parts = 1; tried_rows > 1; parts += parts < 4 ? 1 : parts / 2) {
+      int64_t tried_rows = 0;
+      for (int64_t parts = 1; parts <= out_height; parts += parts < 4 ? 1 : parts / 2) {
         const int64_t rows = ceil_div(out_height, parts);
-        if (rows == tried_rows) continue;
+        if (rows == tried_rows || (images > 1 && rows * images * pitch > kManyPixels)) continue;
         tried_rows = rows;
-        if (images > 1 && rows * images * pitch > kManyPixels) continue;
         HaloPlan plan = planner.plan(rows, columns, images, pitch);
         if (plan.is_streamed && plan.runs > plan.runs_at_once(limits)) continue;
         if (!planner.fit(plan)) continue;

@@ -78,9 +78,8 @@ def sign_conv2d(
         weight_ste: the estimator for weight.
     """
     tensors = x, weight, shift, scale, bias, residual, prepared, progress, leaf
-    stride, padding, dilation, groups, pad_value = geometry
     others = (
-        (*stride, *padding, *dilation, groups, pad_value),
+        ops.flat_geometry(*geometry),
         out_dtype,
         ste.name,
         _parameter(ste, progress),
@@ -159,7 +158,8 @@ def _sign_conv2d(
         kept = packed.unsqueeze(0)
     if prepared is None:
         bits = ops._pack_bits(weight, 0.0, None)
-        prepared = ops._prepare_weight(bits, weight.shape[1], geometry[8])
+        groups = ops.geometry_parts(geometry)[3]
+        prepared = ops._prepare_weight(bits, weight.shape[1], groups)
     convolve: Any = ops._packed_conv2d
     y = convolve(
         packed,
@@ -198,7 +198,7 @@ def _unpacked(narrow: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
         bits = (narrow.unsqueeze(-1) & masks).flatten(3)[..., :channels]
         return ((bits != 0).to(dtype) * 2 - 1).permute(0, 3, 1, 2)
     y: Tensor
-    gap = 16 * ((channels + 127) // 128) - narrow.shape[3]
+    gap = ops.packed_bytes(channels) - narrow.shape[3]
     if gap and channels % 8 == 0 and narrow.numel() % 16 == 0:
         # Pixels without unused bits are one row of bits, which nobody needs to widen.
         row = ops.call("unpack_bits", narrow.view(1, 1, -1, 16), 128, dtype)
@@ -229,8 +229,7 @@ def _fake_sign_conv2d(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Bits: (1 or 2, N, H, W, bytes), the signs and for a clip which values are within it."""
     batch, channels, height, width = x.shape
-    stride, padding, dilation = geometry[:2], geometry[2:6], geometry[6:8]
-    sizes = ops.out_sizes(batch, (height, width), weight.shape, stride, padding, dilation)
+    sizes = ops.out_sizes(batch, (height, width), weight.shape, *ops.geometry_parts(geometry)[:3])
     form: dict[str, Any] = {"device": x.device, "memory_format": _memory_format(x)}
     y = torch.empty(sizes, dtype=out_dtype, **form)
     bits = 2 if ste == Clip.name else 1, batch, height, width, (channels + 7) // 8
@@ -354,8 +353,7 @@ def _sign_gradients(
     """convT(grad, scale * sign(weight)) and corr(grad, sign(x))."""
     if not any(needs):
         return None, None
-    stride, (top, left, bottom, right), dilation = geometry[:2], geometry[2:6], geometry[6:8]
-    groups, pad_value = geometry[8:]
+    stride, (top, left, bottom, right), dilation, groups, pad_value = ops.geometry_parts(geometry)
     channels = weight.shape[1] * groups
     signs = _unpacked(bits, channels, grad.dtype)
     padded = pad_value != 0 or (top, left) != (bottom, right)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -184,10 +183,10 @@ def estimator(value: str | Estimator, argument: str = "ste") -> Estimator:
 
 def of_parameter(name: str, parameter: float, progress: Tensor | None = None) -> Estimator:
     """The estimator with that name and that `parameter`; for "ede" progress, if given, instead."""
-    kind: Callable[..., Estimator] = _CLASSES[name]
     if name == EDE.name and progress is not None:
         return EDE(progress)
-    return kind(parameter) if fields(_CLASSES[name]) else kind()
+    default: Any = estimator(name)
+    return type(default)(parameter) if fields(default) else default  # type: ignore[no-any-return]
 
 
 def set_progress(model: nn.Module, progress: float) -> None:

@@ -77,7 +77,7 @@ def prepare_weight(w: Tensor, groups: int = 1, in_channels: int | None = None) -
     if w.dtype == torch.uint8:
         packed = w
         in_channels = 8 * w.shape[3] if in_channels is None else in_channels
-        if w.shape[3] != 16 * ((in_channels + 127) // 128):
+        if w.shape[3] != ops.packed_bytes(in_channels):
             raise ValueError(
                 f"in_channels: got {in_channels}, expected what {w.shape[3]} bytes a pixel can hold"
             )

@@ -194,9 +194,13 @@ def _new_packed(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _packed_sizes(shape: Sequence[int]) -> tuple[int, ...]:
-    # packed_bytes in Python: the sizes can be symbolic.
     batch, channels, height, width = shape
-    return batch, height, width, 16 * ((channels + 127) // 128)
+    return batch, height, width, packed_bytes(channels)
+
+
+def packed_bytes(channels: int) -> int:
+    """binconv.packed_bytes, also of a symbolic size."""
+    return 16 * ((channels + 127) // 128)
 
 
 def _fake_pack_bits(x: Tensor, threshold: float, channel_threshold: Tensor | None) -> Tensor:
@@ -315,12 +319,25 @@ def packed_geometry(
     pad_value: int,
 ) -> tuple[int, ...]:
     """The argument `geometry` of the operators on packed bits; weight_shape as in PyTorch."""
-    return *weight_shape, *stride, *padding, *dilation, groups, pad_value
+    return *weight_shape, *flat_geometry(stride, padding, dilation, groups, pad_value)
 
 
-def _parts(geometry: Sequence[int]) -> tuple[Any, Any, Any, Any, int, int]:
-    """What packed_geometry made it of."""
-    return geometry[:4], geometry[4:6], geometry[6:10], geometry[10:12], geometry[12], geometry[13]
+def flat_geometry(
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pad_value: int,
+) -> tuple[int, ...]:
+    """The argument `geometry` of an operator that knows its weight's shape."""
+    return *stride, *padding, *dilation, groups, pad_value
+
+
+def geometry_parts(geometry: Sequence[int]) -> tuple[Any, Any, Any, int, int]:
+    """What flat_geometry made it of."""
+    if len(geometry) != 10:
+        raise ValueError(f"geometry: got {len(geometry)} numbers behind a weight's, expected 10")
+    return geometry[:2], geometry[2:6], geometry[6:8], geometry[8], geometry[9]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -329,7 +346,8 @@ def _plan(
 ) -> tuple[binconv.Conv2dShape, tuple[int, int, int, int], int]:
     """What depends on sizes alone: all of them, those of the result, bytes of scratch memory."""
     batch, height, width, _ = packed_shape
-    weight_shape, stride, padding, dilation, groups, pad_value = _parts(geometry)
+    weight_shape = geometry[:4]
+    stride, padding, dilation, groups, pad_value = geometry_parts(geometry[4:])
     shape = binconv.Conv2dShape(
         batch,
         height,
@@ -397,7 +415,9 @@ def _packed_conv2d_with_bits(
     packed: Tensor, prepared: Tensor, geometry: Sequence[int], *others: Any
 ) -> tuple[Tensor, Tensor]:
     batch, *in_sizes, _ = packed.shape
-    bits = _new_packed(out_sizes(batch, in_sizes, *_parts(geometry)[:4]), packed)
+    bits = _new_packed(
+        out_sizes(batch, in_sizes, geometry[:4], *geometry_parts(geometry[4:])[:3]), packed
+    )
     return _packed_conv2d(packed, prepared, geometry, *others, bits=bits), bits
 
 
@@ -445,7 +465,7 @@ def _fake_packed_conv2d(
     *epilogue: Any,
 ) -> Tensor:
     batch, *in_sizes, _ = packed.shape
-    sizes = out_sizes(batch, in_sizes, *_parts(geometry)[:4])
+    sizes = out_sizes(batch, in_sizes, geometry[:4], *geometry_parts(geometry[4:])[:3])
     return _new_output(sizes, packed, out_dtype, channels_last)
 
 
