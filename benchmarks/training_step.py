@@ -313,10 +313,12 @@ def parse() -> argparse.Namespace:
         settings.batch, settings.size, settings.rounds = 2, 32, 2
         settings.steps, settings.warmup = 1, 1
         settings.modes = settings.modes or ["eager", "compiled"]
-    settings.modes = settings.modes or MODES
+    settings.processes = int(os.environ.get("WORLD_SIZE", "1"))  # As torchrun says.
+    # Graphs of an exchange between processes would need preparations of their own.
+    own = MODES if settings.processes == 1 else [mode for mode in MODES if mode not in REPLAYED]
+    settings.modes = settings.modes or own
     if settings.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA GPU; --smoke runs on the CPU")
-    settings.processes = int(os.environ.get("WORLD_SIZE", "1"))  # As torchrun says.
     return settings
 
 
