@@ -265,6 +265,89 @@ void conv2d(const Conv2dShape& shape, nb::handle input_object, nb::handle prepar
                 workspace ? workspace->data : nullptr, queue);
 }
 
+// Where a signed convolution keeps what only it needs: the weight's bits, prepared, and what
+// binary_conv2d works with. All sizes are multiples of the alignment but the last.
+struct SignScratch {
+  SignScratch(const Conv2dShape& shape, bool has_prepared, const Queue& queue) {
+    const WeightShape& weight = shape.weight;
+    const int64_t workspace = workspace_bytes(shape, queue);  // Also checks the shape.
+    if (!has_prepared) {
+      prepared = packed_image_bytes(weight_image(weight));
+      const int64_t bytes = prepared_weight_bytes(weight, queue) + kPackedAlignment - 1;
+      end = prepared + bytes / kPackedAlignment * kPackedAlignment;
+    }
+    total = end + workspace;
+  }
+  static ImageShape weight_image(const WeightShape& weight) {
+    return {weight.out_channels, weight.in_channels / weight.groups, weight.kernel_height,
+            weight.kernel_width};
+  }
+  int64_t prepared = 0, end = 0, total;  // Where each starts.
+};
+
+void sign_conv2d(const Conv2dShape& shape, nb::handle x_object, nb::handle weight_object,
+                 nb::handle bits_object, nb::handle out_object, nb::handle scratch_object,
+                 const std::string& layout_name, const std::string& weight_layout_name,
+                 nb::handle threshold_object, nb::handle inside_object, float limit,
+                 nb::handle scale_object, nb::handle bias_object, nb::handle residual_object,
+                 OptionalStream stream, OptionalThreads threads) {
+  const WeightShape& sizes = shape.weight;
+  const Array x = read("x", x_object), weight = read("weight", weight_object);
+  const Array bits = write("bits", bits_object), out = write("out", out_object);
+  const Array scratch = write("scratch", scratch_object);
+  std::optional<Array> inside;
+  if (!inside_object.is_none()) inside = write("inside", inside_object);
+  const ThresholdArgument threshold(threshold_object, sizes.in_channels);
+  const EpilogueArguments arguments(sizes.out_channels, {.clamp = false,
+                                                         .scale = scale_object,
+                                                         .bias = bias_object,
+                                                         .residual = residual_object,
+                                                         .activation = nb::none(),
+                                                         .threshold = nb::none(),
+                                                         .threshold_below = nb::none(),
+                                                         .bits = nb::none()});
+  const Queue queue =
+      queue_for(x,
+                {&weight, &bits, &out, &scratch, pointer(inside), pointer(threshold.array),
+                 pointer(arguments.scale), pointer(arguments.bias), pointer(arguments.residual)},
+                stream, threads);
+
+  const bool has_prepared = weight.type == DataType::kBits;
+  const SignScratch at(shape, has_prepared, queue);
+  const Layout layout = layout_from(layout_name), weight_layout = layout_from(weight_layout_name);
+  const ImageShape image = {shape.batch, sizes.in_channels, shape.in_height, shape.in_width};
+  const ImageShape filters = SignScratch::weight_image(sizes);
+  x.expect_type(kValueTypes);
+  x.expect_shape(dense_shape(image, layout));
+  if (has_prepared) {
+    weight.expect_bytes(prepared_weight_bytes(sizes, queue));
+  } else {
+    weight.expect_type(kValueTypes);
+    weight.expect_shape(dense_shape(filters, weight_layout));
+  }
+  bits.expect_packed(packed_shape(image));
+  if (inside) inside->expect_packed(packed_shape(image));
+  scratch.expect_bytes(at.total);
+  const Epilogue epilogue = arguments.to(
+      out, layout, {shape.batch, sizes.out_channels, shape.out_height(), shape.out_width()});
+
+  nb::gil_scoped_release unlocked;
+  if (inside) {
+    pack_bits_and_clip(image, x.data, x.type, layout, threshold.threshold, limit, bits.data,
+                       inside->data, queue);
+  } else {
+    pack_bits(image, x.data, x.type, layout, threshold.threshold, bits.data, queue);
+  }
+  uint8_t* const memory = static_cast<uint8_t*>(scratch.data);
+  const void* prepared = weight.data;
+  if (!has_prepared) {
+    pack_bits(filters, weight.data, weight.type, weight_layout, {}, memory, queue);
+    prepare_weight(sizes, memory, memory + at.prepared, queue);
+    prepared = memory + at.prepared;
+  }
+  binary_conv2d(shape, bits.data, prepared, epilogue, out.data, memory + at.end, queue);
+}
+
 void mean(nb::handle x_object, nb::handle out_object, OptionalStream stream,
           OptionalThreads threads) {
   const Array x = read("x", x_object), out = write("out", out_object);
@@ -377,6 +460,14 @@ void bind_queries(nb::module_& m) {
       "kernel"_a = nb::none(),
       "Bytes of scratch memory for binary_conv2d with the same threads and kernel.");
   m.def(
+      "sign_conv2d_bytes",
+      [](const Conv2dShape& shape, bool prepared, std::optional<int> device,
+         OptionalThreads threads) {
+        return SignScratch(shape, prepared, queue_for(Device{device}, threads)).total;
+      },
+      "shape"_a, nb::kw_only(), "prepared"_a = false, "device"_a = nb::none(),
+      "threads"_a = nb::none(), "Bytes of scratch memory for sign_conv2d with the same threads.");
+  m.def(
       "kernel_name",
       [](const Conv2dShape& shape, std::optional<int> device, const OptionalKernel& kernel) {
         return std::string(kernel_name(shape, queue_for(Device{device}, {}, c_str(kernel))));
@@ -422,6 +513,11 @@ NB_MODULE(_binconv, m) {
         "activation"_a = nb::none(), "threshold"_a = nb::none(), "threshold_below"_a = nb::none(),
         "bits"_a = nb::none(), "workspace"_a = nb::none(), "stream"_a = nb::none(),
         "threads"_a = nb::none(), "kernel"_a = nb::none());
+  m.def("sign_conv2d", sign_conv2d, "shape"_a, "x"_a.none(), "weight"_a.none(), "bits"_a.none(),
+        "out"_a.none(), "scratch"_a.none(), nb::kw_only(), "layout"_a = "nchw",
+        "weight_layout"_a = "nchw", "threshold"_a = nb::none(), "inside"_a = nb::none(),
+        "limit"_a = 1.0f, "scale"_a = nb::none(), "bias"_a = nb::none(), "residual"_a = nb::none(),
+        "stream"_a = nb::none(), "threads"_a = nb::none());
   m.def("abs_mean", mean, "x"_a.none(), "out"_a.none(), nb::kw_only(), "stream"_a = nb::none(),
         "threads"_a = nb::none());
   m.def("scale_channels", scale, "x"_a.none(), "scale"_a.none(), "out"_a.none(), nb::kw_only(),

@@ -199,6 +199,51 @@ def binary_conv2d(
     kernel: a name from available_kernels(), instead of the best one for the shape.
     """
 
+def sign_conv2d_bytes(
+    shape: Conv2dShape,
+    *,
+    prepared: bool = False,
+    device: int | None = None,
+    threads: int | None = None,
+) -> int:
+    """Bytes of scratch memory for sign_conv2d with the same threads.
+
+    prepared: whether its weight will be a prepared one.
+    """
+
+def sign_conv2d(
+    shape: Conv2dShape,
+    x: Array,
+    weight: Array,
+    bits: Array,
+    out: Array,
+    scratch: Array,
+    *,
+    layout: Layout = "nchw",
+    weight_layout: Layout = "nchw",
+    threshold: float | Array | None = None,
+    inside: Array | None = None,
+    limit: float = 1.0,
+    scale: Array | None = None,
+    bias: Array | None = None,
+    residual: Array | None = None,
+    stream: int | None = None,
+    threads: int | None = None,
+) -> None:
+    """Writes the convolution of the signs of x - threshold and of weight, for values in floats.
+
+    In one call what pack_bits (with inside, pack_bits_and_clip) of x, pack_bits and prepare_weight
+    of weight, and binary_conv2d do: a step of training takes them all, each call takes time.
+
+    x: float32, float16, bfloat16 or int8, (N, C, H, W) or for layout "nhwc" (N, H, W, C).
+    weight: of these types, (O, C / groups, KH, KW) or for weight_layout "nhwc" (O, KH, KW,
+        C / groups); or uint8, from prepare_weight.
+    bits: uint8 (N, H, W, packed_bytes(C)), gets those of x >= threshold.
+    out, scale, bias, residual: as in binary_conv2d, in the layout of x.
+    scratch: uint8, one dimension of at least sign_conv2d_bytes(shape).
+    threshold, inside, limit: as in pack_bits_and_clip.
+    """
+
 def abs_mean(
     x: Array, out: Array, *, stream: int | None = None, threads: int | None = None
 ) -> None:

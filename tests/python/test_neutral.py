@@ -924,6 +924,63 @@ def test_cpu_only_build_has_no_cuda_kernels():
         binconv.available_kernels(device=0)
 
 
+# ------------------------------------------------------------------------------- values in one call
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("weight_layout", ["nchw", "nhwc", "prepared"])
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize(("channels", "groups"), [(13, 1), (128, 1), (150, 1), (64, 4)])
+def test_convolution_of_values_is_that_of_their_bits(
+    fuzz_seed, layout, weight_layout, clips, channels, groups
+):
+    rng = np.random.default_rng(fuzz_seed)
+
+    def placed(values, memory):
+        return nhwc(values) if memory == "nhwc" else values
+
+    x = rng.standard_normal((3, channels, 7, 6)).astype(np.float32)
+    w = rng.standard_normal((12, channels // groups, 3, 2)).astype(np.float32)
+    threshold = rng.standard_normal(channels).astype(np.float32) / 2
+    scale, bias = (random_factors(rng, 12) for _ in range(2))
+    geometry = {"stride": (2, 1), "padding": (1, 0, 2, 1), "dilation": (1, 2), "pad_value": -1}
+    shape = conv_shape(x, w, groups, **geometry)
+    residual = rng.standard_normal((3, 12, shape.out_height, shape.out_width)).astype(np.float32)
+    is_prepared = weight_layout == "prepared"
+    scratch = Guarded((binconv.sign_conv2d_bytes(shape, prepared=is_prepared),), np.uint8)
+    bits, inside = (Guarded((3, 7, 6, packed_bytes(channels)), np.uint8) for _ in range(2))
+    out = Guarded(placed(residual, layout).shape, np.float32)
+    binconv.sign_conv2d(
+        shape,
+        placed(x, layout),
+        prepare(np.where(w >= 0, 1, -1), shape) if is_prepared else placed(w, weight_layout),
+        bits.array,
+        out.array,
+        scratch.array,
+        layout=layout,
+        weight_layout="nchw" if is_prepared else weight_layout,
+        threshold=threshold,
+        inside=inside.array if clips else None,
+        limit=0.75,
+        scale=scale,
+        bias=bias,
+        residual=placed(residual, layout),
+    )
+    of_x = reference.bits_of(x, threshold)
+    acc = reference.conv2d(
+        np.where(of_x, 1, -1), np.where(w >= 0, 1, -1), groups=groups, **geometry
+    )
+    expected = reference.epilogue(acc, scale, bias, residual)
+    y = nchw(out.array) if layout == "nhwc" else out.array
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_array_equal(bits.array, reference.pack(of_x))
+    if clips:
+        kept = reference.inside_of(x, threshold, 0.75)
+        np.testing.assert_array_equal(inside.array, reference.pack(kept))
+    for array in (bits, inside, out, scratch):
+        array.assert_guards_intact()
+
+
 # ---------------------------------------------------------------------------------------- bad input
 # Each case names the function, the arguments to replace in a call that works, the error, the
 # argument that the message must name, and what it must say that it got.
@@ -952,6 +1009,15 @@ def valid_arguments(function):
             "out": Guarded((2, 3, 3, 8), np.float32),
             "workspace": aligned(np.zeros(max(64, binconv.workspace_bytes(shape)), np.uint8)),
         }
+    if function == "sign_conv2d":
+        return {
+            "shape": shape,
+            "x": x.astype(np.float32),
+            "weight": w.astype(np.float32),
+            "bits": Guarded((2, 5, 5, 16), np.uint8),
+            "out": Guarded((2, 8, 3, 3), np.float32),
+            "scratch": Guarded((binconv.sign_conv2d_bytes(shape),), np.uint8),
+        }
     if function == "abs_mean":
         return {"x": w.astype(np.float32), "out": Guarded((8,), np.float32)}
     factors = np.ones(16, np.float32)
@@ -964,6 +1030,7 @@ FUNCTIONS = (
     "unpack_bits",
     "prepare_weight",
     "binary_conv2d",
+    "sign_conv2d",
     "abs_mean",
     "scale_channels",
 )
@@ -1033,6 +1100,7 @@ BAD_ARRAYS = [
             ("unpack_bits", ("packed", "out")),
             ("prepare_weight", ("packed", "out")),
             ("binary_conv2d", ("input", "prepared_weight", "out")),
+            ("sign_conv2d", ("x", "weight", "bits", "out", "scratch")),
             ("abs_mean", ("x", "out")),
             ("scale_channels", ("x", "scale", "out")),
         )
@@ -1103,6 +1171,18 @@ BAD_ARRAYS = [
         "bits",
         "int8",
     ),
+    ("sign_conv2d", {"inside": [1.0]}, TypeError, "inside", "list"),
+    ("sign_conv2d", {"x": np.ones((2, 16, 5, 5), np.int32)}, ValueError, "x", "int32"),
+    ("sign_conv2d", {"x": floats(2, 5, 5, 16)}, ValueError, "x", "(2, 5, 5, 16)"),
+    ("sign_conv2d", {"weight": np.ones((8, 16, 3, 3))}, ValueError, "weight", "64"),
+    ("sign_conv2d", {"weight": floats(8, 16, 3, 2)}, ValueError, "weight", "(8, 16, 3, 2)"),
+    ("sign_conv2d", {"weight": poisoned(7, dtype=np.uint8)}, ValueError, "weight", "7"),
+    ("sign_conv2d", {"bits": poisoned(2, 5, 5, 16)}, ValueError, "bits", "float32"),
+    ("sign_conv2d", {"out": poisoned(2, 3, 3, 8)}, ValueError, "out", "(2, 3, 3, 8)"),
+    ("sign_conv2d", {"scratch": poisoned(99, dtype=np.uint8)}, ValueError, "scratch", "99"),
+    ("sign_conv2d", {"scale": np.ones(8)}, ValueError, "scale", "64"),
+    ("sign_conv2d", {"residual": floats(2, 3, 3, 8)}, ValueError, "residual", "(2, 3, 3, 8)"),
+    ("sign_conv2d", {"layout": "hwcn"}, ValueError, "layout", "hwcn"),
     ("pack_bits", {"x": np.ones((2, 16, 5, 5))}, ValueError, "x", "64"),
     ("pack_bits", {"x": np.ones((2, 16, 5, 5), np.int32)}, ValueError, "x", "int32"),
     ("pack_bits", {"x": np.ones((2, 16, 5, 5), np.uint8)}, ValueError, "x", "uint8|bits"),

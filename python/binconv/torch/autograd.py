@@ -148,36 +148,29 @@ def _sign_conv2d(
     ste_parameter: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and what backward needs of x: bits (see _fake_sign_conv2d) and 8-bit codes."""
-    estimator = of_parameter(ste, ste_parameter, None if progress is None else progress[0])
-    threshold = None if shift is None else -shift.detach()
-    if isinstance(estimator, Clip):
-        kept = ops.pack_bits_and_clip(x, threshold, estimator.limit)
-        packed = kept[0]
-    else:
-        packed = ops._pack_bits(x, 0.0, threshold)
-        kept = packed.unsqueeze(0)
-    if prepared is None:
-        bits = ops._pack_bits(weight, 0.0, None)
-        groups = ops.geometry_parts(geometry)[3]
-        prepared = ops._prepare_weight(bits, weight.shape[1], groups)
-    convolve: Any = ops._packed_conv2d
-    y = convolve(
-        packed,
-        prepared,
+    estimator = None
+    if ste not in _BITS_ALONE:
+        estimator = of_parameter(ste, ste_parameter, None if progress is None else progress[0])
+    y, kept = ops.sign_conv2d(
+        x,
+        weight if prepared is None else prepared,
         (*weight.shape, *geometry),
         out_dtype,
-        ops.is_channels_last(x),
         scale,
         bias,
         residual,
+        None if shift is None else -shift.detach(),
+        ste_parameter if ste == Clip.name else None,
     )
-    return y, _narrow(kept, x.shape[1]), _codes(estimator, x, shift)
+    codes = x.new_empty(0, dtype=torch.int8) if estimator is None else _codes(estimator, x, shift)
+    return y, _narrow(kept, x.shape[1]), codes
+
+
+_BITS_ALONE = (Clip.name, Identity.name)  # Estimators whose derivative bits tell.
 
 
 def _codes(estimator: Estimator, x: Tensor, shift: Tensor | None) -> Tensor:
-    """The derivative as codes from -LEVELS to LEVELS, if bits do not tell it."""
-    if isinstance(estimator, (Clip, Identity)):
-        return x.new_empty(0, dtype=torch.int8)
+    """The derivative as codes from -LEVELS to LEVELS."""
     values = x.detach().float()
     if shift is not None:
         values = values + shift.detach().view(-1, 1, 1)
@@ -234,7 +227,7 @@ def _fake_sign_conv2d(
     y = torch.empty(sizes, dtype=out_dtype, **form)
     bits = 2 if ste == Clip.name else 1, batch, height, width, (channels + 7) // 8
     kept = torch.empty(bits, dtype=torch.uint8, device=x.device)
-    if ste in (Clip.name, Identity.name):
+    if ste in _BITS_ALONE:
         return y, kept, x.new_empty(0, dtype=torch.int8)
     return y, kept, torch.empty(x.shape, dtype=torch.int8, **form)
 

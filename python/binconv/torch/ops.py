@@ -167,24 +167,6 @@ def _pack_bits(x: Tensor, threshold: float, channel_threshold: Tensor | None) ->
     return packed
 
 
-def pack_bits_and_clip(x: Tensor, channel_threshold: Tensor | None, limit: float) -> Tensor:
-    """(2, N, H, W, bytes): of x >= threshold, 0 if not given, and of |x - threshold| <= limit.
-
-    A limit beyond float32 holds all of its finite numbers, as the largest of them does.
-    """
-    array, layout = _dense(x)
-    packed = torch.empty((2, *_packed_sizes(x.shape)), dtype=torch.uint8, device=x.device)
-    binconv.pack_bits_and_clip(
-        _array(array),
-        *map(_array, packed.unbind()),
-        layout=layout,
-        threshold=_limit(0.0, channel_threshold),
-        limit=min(limit, torch.finfo(torch.float32).max),
-        **_queue(x),
-    )
-    return packed
-
-
 def _limit(threshold: float, channel_threshold: Tensor | None) -> Any:
     return threshold if channel_threshold is None else _array(channel_threshold)
 
@@ -310,16 +292,9 @@ class _Source:
         )
 
 
-def packed_geometry(
-    weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pad_value: int,
-) -> tuple[int, ...]:
+def packed_geometry(weight_shape: Sequence[int], *geometry: Any) -> tuple[int, ...]:
     """The argument `geometry` of the operators on packed bits; weight_shape as in PyTorch."""
-    return *weight_shape, *flat_geometry(stride, padding, dilation, groups, pad_value)
+    return *weight_shape, *flat_geometry(*geometry)
 
 
 def flat_geometry(
@@ -340,26 +315,48 @@ def geometry_parts(geometry: Sequence[int]) -> tuple[Any, Any, Any, int, int]:
     return geometry[:2], geometry[2:6], geometry[6:8], geometry[8], geometry[9]
 
 
-@functools.lru_cache(maxsize=1024)
-def _plan(
-    packed_shape: torch.Size, geometry: tuple[int, ...], device: int | None, threads: int | None
-) -> tuple[binconv.Conv2dShape, tuple[int, int, int, int], int]:
-    """What depends on sizes alone: all of them, those of the result, bytes of scratch memory."""
-    batch, height, width, _ = packed_shape
-    weight_shape = geometry[:4]
+def _shape(
+    batch: int, in_sizes: Sequence[int], geometry: Sequence[int]
+) -> tuple[binconv.Conv2dShape, tuple[int, int, int, int]]:
+    """All sizes of a convolution, and those of its result; geometry with a weight's shape."""
     stride, padding, dilation, groups, pad_value = geometry_parts(geometry[4:])
+    height, width = in_sizes
     shape = binconv.Conv2dShape(
         batch,
         height,
         width,
-        _weight_shape(weight_shape, groups),
+        _weight_shape(geometry[:4], groups),
         stride=stride,
         padding=padding,
         dilation=dilation,
         pad_value=pad_value,
     )
-    scratch = binconv.workspace_bytes(shape, device=device, threads=threads)
-    return shape, (batch, weight_shape[0], shape.out_height, shape.out_width), scratch
+    return shape, (batch, geometry[0], shape.out_height, shape.out_width)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    packed_shape: torch.Size, geometry: tuple[int, ...], device: int | None, threads: int | None
+) -> tuple[binconv.Conv2dShape, tuple[int, int, int, int], int]:
+    """What depends on sizes alone: all of them, those of the result, bytes of scratch memory."""
+    batch, *in_sizes, _ = packed_shape
+    shape, sizes = _shape(batch, in_sizes, geometry)
+    return shape, sizes, binconv.workspace_bytes(shape, device=device, threads=threads)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sign_plan(
+    x_shape: torch.Size,
+    geometry: tuple[int, ...],
+    prepared: bool,
+    device: int | None,
+    threads: int | None,
+) -> tuple[binconv.Conv2dShape, tuple[int, int, int, int], int]:
+    """The same for values, with a weight that is prepared or not."""
+    batch, _, *in_sizes = x_shape
+    shape, sizes = _shape(batch, in_sizes, geometry)
+    scratch = binconv.sign_conv2d_bytes(shape, prepared=prepared, device=device, threads=threads)
+    return shape, sizes, scratch
 
 
 def _packed_conv2d(
@@ -414,10 +411,7 @@ def _packed_conv2d(
 def _packed_conv2d_with_bits(
     packed: Tensor, prepared: Tensor, geometry: Sequence[int], *others: Any
 ) -> tuple[Tensor, Tensor]:
-    batch, *in_sizes, _ = packed.shape
-    bits = _new_packed(
-        out_sizes(batch, in_sizes, geometry[:4], *geometry_parts(geometry[4:])[:3]), packed
-    )
+    bits = _new_packed(_out_sizes_of_bits(packed, geometry), packed)
     return _packed_conv2d(packed, prepared, geometry, *others, bits=bits), bits
 
 
@@ -456,6 +450,11 @@ def out_sizes(
     return batch, weight_shape[0], extents[0], extents[1]
 
 
+def _out_sizes_of_bits(packed: Tensor, geometry: Sequence[int]) -> tuple[int, int, int, int]:
+    batch, *in_sizes, _ = packed.shape
+    return out_sizes(batch, in_sizes, geometry[:4], *geometry_parts(geometry[4:])[:3])
+
+
 def _fake_packed_conv2d(
     packed: Tensor,
     prepared: Tensor,
@@ -464,8 +463,7 @@ def _fake_packed_conv2d(
     channels_last: bool,
     *epilogue: Any,
 ) -> Tensor:
-    batch, *in_sizes, _ = packed.shape
-    sizes = out_sizes(batch, in_sizes, geometry[:4], *geometry_parts(geometry[4:])[:3])
+    sizes = _out_sizes_of_bits(packed, geometry)
     return _new_output(sizes, packed, out_dtype, channels_last)
 
 
@@ -492,18 +490,64 @@ def _conv2d(
 
     Carries no gradient: that is sign_conv2d's part (autograd.py).
     """
-    if prepared is None:
-        prepared = _prepare_weight(_pack_bits(weight, 0.0, None), weight.shape[1], groups)
-    return _packed_conv2d(
-        _pack_bits(x, 0.0, None),
-        prepared,
-        packed_geometry(weight.shape, stride, padding, dilation, groups, pad_value),
-        out_dtype,
-        is_channels_last(x),
-        scale,
-        bias,
-        residual,
+    geometry = packed_geometry(weight.shape, stride, padding, dilation, groups, pad_value)
+    weight = weight if prepared is None else prepared
+    return sign_conv2d(x, weight, geometry, out_dtype, scale, bias, residual)[0]
+
+
+def sign_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    geometry: tuple[int, ...],
+    out_dtype: torch.dtype,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    threshold: Tensor | None = None,
+    limit: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The convolution of values with a weight or prepared bits, and the bits of the values.
+
+    Those are (1 or 2, N, H, W, bytes): of x >= threshold, 0 if not given, and if there is a limit,
+    of |x - threshold| <= limit. One beyond float32 holds all of its finite numbers, as the largest
+    of them does.
+    """
+    queue = _queue(x)
+    is_prepared = weight.dtype == torch.uint8
+    shape, sizes, scratch = _sign_plan(
+        x.shape, geometry, is_prepared, _ordinal(x), queue["threads"]
     )
+    channels_last = is_channels_last(x)
+    x_array, layout = _dense(x)
+    if is_prepared:
+        weight_array, weight_layout = _bits(weight), layout  # Which it has none of.
+    else:
+        weight_array, weight_layout = _dense(weight)
+    bits = x.new_empty((1 if limit is None else 2, *_packed_sizes(x.shape)), dtype=torch.uint8)
+    out = _new_output(sizes, x, out_dtype, channels_last)
+    if residual is not None:
+        residual = _in_layout(residual, channels_last).contiguous()
+    clip = {} if limit is None else {"inside": _array(bits[1]), "limit": min(limit, _LARGEST)}
+    binconv.sign_conv2d(
+        shape,
+        to_dlpack(x_array),
+        to_dlpack(weight_array),
+        to_dlpack(bits[0]),
+        to_dlpack(_in_layout(out, channels_last)),
+        to_dlpack(x.new_empty(scratch, dtype=torch.uint8)),
+        layout=layout,
+        weight_layout=weight_layout,
+        threshold=_array(threshold),
+        scale=_array(scale),
+        bias=_array(bias),
+        residual=_array(residual),
+        **clip,
+        **queue,
+    )
+    return out, bits
+
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def _fake_conv2d(
