@@ -48,6 +48,12 @@ std::vector<int64_t> packed_shape(const ImageShape& image) {
   return {image.batch, image.height, image.width, packed_bytes(image.channels)};
 }
 
+// A weight as the image of its filters; the shape has been checked.
+ImageShape weight_image(const WeightShape& weight) {
+  return {weight.out_channels, weight.in_channels / weight.groups, weight.kernel_height,
+          weight.kernel_width};
+}
+
 // A threshold is None, a number, or one number per channel.
 struct ThresholdArgument {
   ThresholdArgument(nb::handle object, int64_t channels) {
@@ -143,8 +149,7 @@ void prepare(const WeightShape& shape, nb::handle packed_object, nb::handle out_
   const Array packed = read("packed", packed_object), out = write("out", out_object);
   const Queue queue = queue_for(packed, {&out}, stream, threads, c_str(kernel));
   out.expect_bytes(prepared_weight_bytes(shape, queue));
-  packed.expect_packed({shape.out_channels, shape.kernel_height, shape.kernel_width,
-                        packed_bytes(shape.in_channels / shape.groups)});
+  packed.expect_packed(packed_shape(weight_image(shape)));
   nb::gil_scoped_release unlocked;
   prepare_weight(shape, packed.data, out.data, queue);
 }
@@ -278,10 +283,6 @@ struct SignScratch {
     }
     total = end + workspace;
   }
-  static ImageShape weight_image(const WeightShape& weight) {
-    return {weight.out_channels, weight.in_channels / weight.groups, weight.kernel_height,
-            weight.kernel_width};
-  }
   int64_t prepared = 0, end = 0, total;  // Where each starts.
 };
 
@@ -316,7 +317,7 @@ void sign_conv2d(const Conv2dShape& shape, nb::handle x_object, nb::handle weigh
   const SignScratch at(shape, has_prepared, queue);
   const Layout layout = layout_from(layout_name), weight_layout = layout_from(weight_layout_name);
   const ImageShape image = {shape.batch, sizes.in_channels, shape.in_height, shape.in_width};
-  const ImageShape filters = SignScratch::weight_image(sizes);
+  const ImageShape filters = weight_image(sizes);
   x.expect_type(kValueTypes);
   x.expect_shape(dense_shape(image, layout));
   if (has_prepared) {
@@ -330,6 +331,11 @@ void sign_conv2d(const Conv2dShape& shape, nb::handle x_object, nb::handle weigh
   scratch.expect_bytes(at.total);
   const Epilogue epilogue = arguments.to(
       out, layout, {shape.batch, sizes.out_channels, shape.out_height(), shape.out_width()});
+  if (out.type == DataType::kInt32) {  // Else binary_conv2d checks this, after bits are written.
+    for (const auto* factor : {&arguments.scale, &arguments.bias, &arguments.residual}) {
+      if (*factor) fail((*factor)->name, ": got one for an out of int32, expected None");
+    }
+  }
 
   nb::gil_scoped_release unlocked;
   if (inside) {

@@ -1183,6 +1183,16 @@ BAD_ARRAYS = [
     ("sign_conv2d", {"scale": np.ones(8)}, ValueError, "scale", "64"),
     ("sign_conv2d", {"residual": floats(2, 3, 3, 8)}, ValueError, "residual", "(2, 3, 3, 8)"),
     ("sign_conv2d", {"layout": "hwcn"}, ValueError, "layout", "hwcn"),
+    *(
+        (
+            "sign_conv2d",
+            {"out": poisoned(2, 8, 3, 3, dtype=np.int32), name: floats(*shape)},
+            ValueError,
+            name,
+            "int32",
+        )
+        for name, shape in (("scale", (8,)), ("bias", (8,)), ("residual", (2, 8, 3, 3)))
+    ),
     ("pack_bits", {"x": np.ones((2, 16, 5, 5))}, ValueError, "x", "64"),
     ("pack_bits", {"x": np.ones((2, 16, 5, 5), np.int32)}, ValueError, "x", "int32"),
     ("pack_bits", {"x": np.ones((2, 16, 5, 5), np.uint8)}, ValueError, "x", "uint8|bits"),
