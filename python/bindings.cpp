@@ -354,6 +354,74 @@ void sign_conv2d(const Conv2dShape& shape, nb::handle x_object, nb::handle weigh
   binary_conv2d(shape, bits.data, prepared, epilogue, out.data, memory + at.end, queue);
 }
 
+// Bits with as many bytes a pixel as the channels need, or more.
+void expect_bits(const Array& bits, const ImageShape& image) {
+  bits.expect_type(DataType::kBits);
+  bits.expect_rank(4);
+  const int64_t pixel_bytes = bits.shape[3], least = (image.channels + 7) / 8;
+  bits.expect_shape({image.batch, image.height, image.width, std::max(pixel_bytes, least)});
+}
+
+// A weight and what has its sizes, in the same order.
+struct FilterRows {
+  explicit FilterRows(const Array& weight) {
+    weight.expect_type(kValueTypes);
+    weight.expect_rank(4);
+    count = weight.shape[0];
+    columns = weight.shape[1] * weight.shape[2] * weight.shape[3];
+  }
+  int64_t count, columns;
+};
+
+void sign_conv2d_operands(nb::handle bits_object, nb::handle weight_object, nb::handle signs_object,
+                          nb::handle filters_object, const std::string& layout_name,
+                          nb::handle scale_object, OptionalStream stream, OptionalThreads threads) {
+  const Array bits = read("bits", bits_object), weight = read("weight", weight_object);
+  const Array signs = write("signs", signs_object), filters = write("filters", filters_object);
+  const Layout layout = layout_from(layout_name);
+  const ImageShape image = image_of(signs, layout);
+  signs.expect_type(kFloatTypes);
+  expect_bits(bits, image);
+  const FilterRows rows(weight);
+  filters.expect_type(kFloatTypes);
+  filters.expect_shape(weight.shape);
+  const auto scale = read_channels("scale", scale_object, rows.count);
+  const Queue queue = queue_for(bits, {&weight, &signs, &filters, pointer(scale)}, stream, threads);
+  nb::gil_scoped_release unlocked;
+  sign_values(image, bits.data, bits.shape[3], signs.data, signs.type, layout, queue);
+  scaled_signs(rows.count, rows.columns, weight.data, weight.type, floats(scale), filters.data,
+               filters.type, queue);
+}
+
+void mask(nb::handle x_object, nb::handle bits_object, const std::string& layout_name,
+          OptionalStream stream, OptionalThreads threads) {
+  const Array x = write("x", x_object), bits = read("bits", bits_object);
+  const Layout layout = layout_from(layout_name);
+  const ImageShape image = image_of(x, layout);
+  x.expect_type(kFloatTypes);
+  expect_bits(bits, image);
+  const Queue queue = queue_for(x, {&bits}, stream, threads);
+  nb::gil_scoped_release unlocked;
+  mask_values(image, bits.data, bits.shape[3], x.data, x.type, layout, queue);
+}
+
+void gradient_of_weight(nb::handle gradient_object, nb::handle weight_object, nb::handle out_object,
+                        nb::handle scale_object, float limit, OptionalStream stream,
+                        OptionalThreads threads) {
+  const Array gradient = read("gradient", gradient_object), weight = read("weight", weight_object);
+  const Array out = write("out", out_object);
+  const FilterRows rows(weight);
+  for (const Array* array : {&gradient, &out}) {
+    array->expect_type(kFloatTypes);
+    array->expect_shape(weight.shape);
+  }
+  const auto scale = read_channels("scale", scale_object, rows.count);
+  const Queue queue = queue_for(weight, {&gradient, &out, pointer(scale)}, stream, threads);
+  nb::gil_scoped_release unlocked;
+  weight_gradient(rows.count, rows.columns, gradient.data, gradient.type, weight.data, weight.type,
+                  floats(scale), limit, out.data, out.type, queue);
+}
+
 void mean(nb::handle x_object, nb::handle out_object, OptionalStream stream,
           OptionalThreads threads) {
   const Array x = read("x", x_object), out = write("out", out_object);
@@ -523,6 +591,14 @@ NB_MODULE(_binconv, m) {
         "out"_a.none(), "scratch"_a.none(), nb::kw_only(), "layout"_a = "nchw",
         "weight_layout"_a = "nchw", "threshold"_a = nb::none(), "inside"_a = nb::none(),
         "limit"_a = 1.0f, "scale"_a = nb::none(), "bias"_a = nb::none(), "residual"_a = nb::none(),
+        "stream"_a = nb::none(), "threads"_a = nb::none());
+  m.def("sign_conv2d_operands", sign_conv2d_operands, "bits"_a.none(), "weight"_a.none(),
+        "signs"_a.none(), "filters"_a.none(), nb::kw_only(), "layout"_a = "nchw",
+        "scale"_a = nb::none(), "stream"_a = nb::none(), "threads"_a = nb::none());
+  m.def("mask_values", mask, "x"_a.none(), "bits"_a.none(), nb::kw_only(), "layout"_a = "nchw",
+        "stream"_a = nb::none(), "threads"_a = nb::none());
+  m.def("weight_gradient", gradient_of_weight, "gradient"_a.none(), "weight"_a.none(),
+        "out"_a.none(), nb::kw_only(), "scale"_a = nb::none(), "limit"_a = 1.0f,
         "stream"_a = nb::none(), "threads"_a = nb::none());
   m.def("abs_mean", mean, "x"_a.none(), "out"_a.none(), nb::kw_only(), "stream"_a = nb::none(),
         "threads"_a = nb::none());

@@ -1,6 +1,7 @@
 """Exact, fast binary (+1/-1) 2-D convolution on any DLPack array.
 
-The functions mirror the C++ library one to one: they write into arrays that the caller made
+The functions mirror the C++ library; two of them take several of its steps in one call, for
+training (`sign_conv2d`, `sign_conv2d_operands`). They write into arrays that the caller made
 (`out`), take NumPy, CuPy, JAX or torch arrays alike, and import none of these. `binconv.torch`
 builds operations and modules that take and return tensors on top of them.
 
@@ -21,6 +22,7 @@ from ._binconv import (
     cuda_architectures,
     cuda_devices,
     kernel_name,
+    mask_values,
     pack_bits,
     pack_bits_and_clip,
     packed_bytes,
@@ -29,8 +31,10 @@ from ._binconv import (
     scale_channels,
     sign_conv2d,
     sign_conv2d_bytes,
+    sign_conv2d_operands,
     unpack_bits,
     version,
+    weight_gradient,
     workspace_bytes,
 )
 
@@ -46,6 +50,7 @@ __all__ = [
     "cuda_architectures",
     "cuda_devices",
     "kernel_name",
+    "mask_values",
     "pack_bits",
     "pack_bits_and_clip",
     "packed_bytes",
@@ -54,7 +59,9 @@ __all__ = [
     "scale_channels",
     "sign_conv2d",
     "sign_conv2d_bytes",
+    "sign_conv2d_operands",
     "unpack_bits",
     "version",
+    "weight_gradient",
     "workspace_bytes",
 ]

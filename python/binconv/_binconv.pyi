@@ -244,6 +244,65 @@ def sign_conv2d(
     threshold, inside, limit: as in pack_bits_and_clip.
     """
 
+def sign_conv2d_operands(
+    bits: Array,
+    weight: Array,
+    signs: Array,
+    filters: Array,
+    *,
+    layout: Layout = "nchw",
+    scale: Array | None = None,
+    stream: int | None = None,
+    threads: int | None = None,
+) -> None:
+    """Writes what the two convolutions in the backward pass of sign_conv2d take, in floats.
+
+    signs becomes +1 and -1 for the bits, filters scale[o] where weight[o] >= 0 and else -scale[o].
+
+    bits: uint8 (N, H, W, B), in the order of pack_bits; B is packed_bytes(C) or any number of bytes
+        that hold C bits.
+    weight: float32, float16, bfloat16 or int8, with the output channels first, in any order of the
+        others.
+    signs: float32, float16 or bfloat16, (N, C, H, W) or for layout "nhwc" (N, H, W, C).
+    filters: of these types, in the shape and order of weight.
+    scale: float32 (O,); 1 unless given.
+    """
+
+def mask_values(
+    x: Array,
+    bits: Array,
+    *,
+    layout: Layout = "nchw",
+    stream: int | None = None,
+    threads: int | None = None,
+) -> None:
+    """Makes x 0 where a bit is 0, in place.
+
+    With the bits `inside` of pack_bits_and_clip, x being the gradient of the signs, it becomes that
+    of the values by a clipped straight-through estimator (Hubara et al., 2016, arXiv:1602.02830).
+
+    x: float32, float16 or bfloat16, (N, C, H, W) or for layout "nhwc" (N, H, W, C).
+    bits: as in sign_conv2d_operands.
+    """
+
+def weight_gradient(
+    gradient: Array,
+    weight: Array,
+    out: Array,
+    *,
+    scale: Array | None = None,
+    limit: float = 1.0,
+    stream: int | None = None,
+    threads: int | None = None,
+) -> None:
+    """Writes scale[o] * gradient[o] where |weight| <= limit, else 0: as mask_values, for weights.
+
+    gradient: of the signs, float32, float16 or bfloat16, in the shape and order of weight.
+    weight, scale: as in sign_conv2d_operands.
+    out: as gradient; the product is made in float32 and rounded once.
+    limit: at least 0; math.inf, the identity as the estimator, lets all pass.
+    """
+
 def abs_mean(
     x: Array, out: Array, *, stream: int | None = None, threads: int | None = None
 ) -> None:

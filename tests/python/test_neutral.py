@@ -981,6 +981,80 @@ def test_convolution_of_values_is_that_of_their_bits(
         array.assert_guards_intact()
 
 
+# ---------------------------------------------------------------------------------------- gradients
+
+
+def narrow_bits(rng, bits, pixel_bytes):
+    """Of booleans (N,C,H,W), at an odd address, with noise in what nobody may read."""
+    channels = bits.shape[1]
+    packed = rng.integers(0, 256, (bits.shape[0], *bits.shape[2:], pixel_bytes), np.uint8)
+    for c in range(channels):
+        packed[..., c // 8] &= ~np.uint8(1 << c % 8)
+        packed[..., c // 8] |= bits[:, c].astype(np.uint8) << np.uint8(c % 8)
+    return aligned(packed, offset=1)
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize("channels", [5, 64, 150])
+@pytest.mark.parametrize("spare_bytes", [0, 3])
+def test_operands_and_mask_of_backward(fuzz_seed, layout, dtype, channels, spare_bytes):
+    rng = np.random.default_rng(fuzz_seed)
+
+    def placed(values):
+        return nhwc(values) if layout == "nhwc" else values
+
+    bits = rng.random((3, channels, 5, 8)) < 0.5
+    kept = narrow_bits(rng, bits, (channels + 7) // 8 + spare_bytes)
+    weight = rng.standard_normal((6, channels, 3, 2)).astype(np.float16)
+    weight[0, 0] = [[0.0, -0.0], [np.nan, np.inf], [-np.inf, -6e-8]]
+    scale = random_factors(rng, 6)
+    signs_out, filters = (Guarded(placed(a).shape, dtype) for a in (bits, weight))
+    binconv.sign_conv2d_operands(
+        kept, placed(weight), signs_out.array, filters.array, layout=layout, scale=scale
+    )
+    signs_out.assert_guards_intact()
+    filters.assert_guards_intact()
+    np.testing.assert_array_equal(signs_out.array, placed(np.where(bits, 1, -1)))
+    column = scale.reshape(-1, 1, 1, 1)
+    np.testing.assert_array_equal(
+        filters.array, placed(np.where(weight >= 0, column, -column)).astype(dtype)
+    )
+
+    x = rng.standard_normal(bits.shape).astype(dtype)
+    x[0, 0, 0] = [np.nan, np.inf, -np.inf, -0.0] * 2
+    masked = Guarded(placed(x).shape, dtype)
+    masked.array[...] = placed(x)
+    binconv.mask_values(masked.array, kept, layout=layout)
+    masked.assert_guards_intact()
+    expected = placed(np.where(bits, x, dtype(0)))
+    np.testing.assert_array_equal(masked.array, expected)
+    np.testing.assert_array_equal(np.signbit(masked.array), np.signbit(expected))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize("weight_dtype", VALUE_TYPES)
+@pytest.mark.parametrize("limit", [0.0, 0.75, np.inf])
+@pytest.mark.parametrize("has_scale", [False, True])
+def test_gradient_of_a_weight(fuzz_seed, dtype, weight_dtype, limit, has_scale):
+    rng = np.random.default_rng(fuzz_seed)
+    gradient = rng.standard_normal((6, 3, 3, 70)).astype(dtype)
+    gradient[1, 0, 0, :2] = np.nan, np.inf
+    weight = (rng.integers(-8, 9, gradient.shape) / 4).astype(weight_dtype)
+    if weight_dtype != np.int8:
+        weight[0, 0, 0, :4] = np.nextafter(weight_dtype(0.75), weight_dtype(1)), np.nan, 0.0, -0.0
+    scale = random_factors(rng, 6) if has_scale else None
+    out = Guarded(gradient.shape, np.float16)
+    binconv.weight_gradient(gradient, weight, out.array, scale=scale, limit=limit)
+    out.assert_guards_intact()
+    product = gradient.astype(np.float32)
+    if has_scale:
+        product = product * scale.reshape(-1, 1, 1, 1)
+    passes = (np.abs(weight.astype(np.float32)) <= limit) | (limit == np.inf)
+    expected = np.where(passes, product, np.float32(0)).astype(np.float16)
+    np.testing.assert_array_equal(out.array, expected)
+
+
 # ---------------------------------------------------------------------------------------- bad input
 # Each case names the function, the arguments to replace in a call that works, the error, the
 # argument that the message must name, and what it must say that it got.
@@ -1018,6 +1092,18 @@ def valid_arguments(function):
             "out": Guarded((2, 8, 3, 3), np.float32),
             "scratch": Guarded((binconv.sign_conv2d_bytes(shape),), np.uint8),
         }
+    if function == "sign_conv2d_operands":
+        return {
+            "bits": np.zeros((2, 5, 5, 2), np.uint8),
+            "weight": w.astype(np.float32),
+            "signs": Guarded((2, 16, 5, 5), np.float32),
+            "filters": Guarded((8, 16, 3, 3), np.float32),
+        }
+    if function == "mask_values":
+        return {"x": Guarded((2, 16, 5, 5), np.float32), "bits": np.zeros((2, 5, 5, 2), np.uint8)}
+    if function == "weight_gradient":
+        values = w.astype(np.float32)
+        return {"gradient": values, "weight": values, "out": Guarded((8, 16, 3, 3), np.float32)}
     if function == "abs_mean":
         return {"x": w.astype(np.float32), "out": Guarded((8,), np.float32)}
     factors = np.ones(16, np.float32)
@@ -1031,9 +1117,13 @@ FUNCTIONS = (
     "prepare_weight",
     "binary_conv2d",
     "sign_conv2d",
+    "sign_conv2d_operands",
+    "mask_values",
+    "weight_gradient",
     "abs_mean",
     "scale_channels",
 )
+OUTPUTS = {"sign_conv2d_operands": "signs", "mask_values": "x"}  # Of the others, out.
 
 
 def call(function, arguments):
@@ -1048,7 +1138,9 @@ def call(function, arguments):
 def test_the_arguments_that_bad_input_starts_from_work(function):
     arguments = valid_arguments(function)
     call(function, arguments)
-    arguments["out"].assert_guards_intact()
+    for value in arguments.values():
+        if isinstance(value, Guarded):
+            value.assert_guards_intact()
 
 
 def poisoned(*shape, dtype=np.float32, offset=0):
@@ -1101,6 +1193,9 @@ BAD_ARRAYS = [
             ("prepare_weight", ("packed", "out")),
             ("binary_conv2d", ("input", "prepared_weight", "out")),
             ("sign_conv2d", ("x", "weight", "bits", "out", "scratch")),
+            ("sign_conv2d_operands", ("bits", "weight", "signs", "filters")),
+            ("mask_values", ("x", "bits")),
+            ("weight_gradient", ("gradient", "weight", "out")),
             ("abs_mean", ("x", "out")),
             ("scale_channels", ("x", "scale", "out")),
         )
@@ -1192,6 +1287,35 @@ BAD_ARRAYS = [
             "int32",
         )
         for name, shape in (("scale", (8,)), ("bias", (8,)), ("residual", (2, 8, 3, 3)))
+    ),
+    *(
+        (function, {name: value}, ValueError, name, got)
+        for function, name, value, got in (
+            ("sign_conv2d_operands", "bits", np.zeros((2, 5, 5, 1), np.uint8), "(2, 5, 5, 1)"),
+            ("sign_conv2d_operands", "bits", np.zeros((2, 5, 4, 2), np.uint8), "(2, 5, 4, 2)"),
+            ("sign_conv2d_operands", "bits", np.zeros((50, 2), np.uint8), "(50, 2)"),
+            ("sign_conv2d_operands", "bits", np.zeros((2, 5, 5, 2), np.int8), "int8"),
+            ("sign_conv2d_operands", "weight", np.ones((8, 16, 3, 3)), "64"),
+            ("sign_conv2d_operands", "weight", floats(8, 144), "(8, 144)"),
+            ("sign_conv2d_operands", "signs", poisoned(2, 16, 5, 5, dtype=np.int8), "int8"),
+            ("sign_conv2d_operands", "filters", poisoned(8, 16, 9), "(8, 16, 9)"),
+            ("sign_conv2d_operands", "filters", poisoned(8, 16, 3, 3, dtype=np.int8), "int8"),
+            ("sign_conv2d_operands", "scale", floats(16), "(16,)"),
+            ("sign_conv2d_operands", "layout", "hwcn", "hwcn"),
+            ("mask_values", "x", poisoned(2, 16, 5, 5, dtype=np.int8), "int8"),
+            ("mask_values", "x", poisoned(2, 16, 25), "(2, 16, 25)"),
+            ("mask_values", "bits", np.zeros((2, 5, 5, 1), np.uint8), "(2, 5, 5, 1)"),
+            ("mask_values", "bits", floats(2, 5, 5, 2), "float32"),
+            ("mask_values", "layout", "hwcn", "hwcn"),
+            ("weight_gradient", "gradient", floats(8, 16, 3, 2), "(8, 16, 3, 2)"),
+            ("weight_gradient", "gradient", np.ones((8, 16, 3, 3), np.int8), "int8"),
+            ("weight_gradient", "weight", np.ones((8, 16, 3, 3), np.int32), "int32"),
+            ("weight_gradient", "out", poisoned(8, 3, 3, 16), "(8, 3, 3, 16)"),
+            ("weight_gradient", "out", poisoned(8, 16, 3, 3, dtype=np.int8), "int8"),
+            ("weight_gradient", "scale", np.ones(8), "64"),
+            ("weight_gradient", "limit", -1e-45, "-1"),
+            ("weight_gradient", "limit", np.nan, "nan"),
+        )
     ),
     ("pack_bits", {"x": np.ones((2, 16, 5, 5))}, ValueError, "x", "64"),
     ("pack_bits", {"x": np.ones((2, 16, 5, 5), np.int32)}, ValueError, "x", "int32"),
@@ -1588,19 +1712,20 @@ def test_bad_argument_is_refused_by_name_and_nothing_is_written(
         arguments["shape"] = make(**arguments["shape"])
     with pytest.raises(error) as raised:
         call(function, arguments)
-    for output in (arguments["out"], arguments.get("bits"), arguments.get("inside")):
-        if isinstance(output, Guarded):
-            output.assert_untouched()
+    for value in arguments.values():
+        if isinstance(value, Guarded):
+            value.assert_untouched()
     assert_message(str(raised.value), name, got)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_read_only_out_is_refused(function):
     arguments = valid_arguments(function)
-    read_only(arguments["out"])
-    with pytest.raises((TypeError, ValueError), match=r"out.*expected.*writable"):
+    name = OUTPUTS.get(function, "out")
+    read_only(arguments[name])
+    with pytest.raises((TypeError, ValueError), match=rf"{name}.*expected.*writable"):
         call(function, arguments)
-    arguments["out"].assert_untouched()
+    arguments[name].assert_untouched()
 
 
 def test_read_only_inside_is_refused():
@@ -1637,11 +1762,10 @@ def test_read_only_workspace_is_refused():
 )
 def test_numpy_arrays_that_dlpack_cannot_carry_are_refused(function, values):
     arguments = valid_arguments(function)
-    name = "packed" if "packed" in arguments else "input" if "input" in arguments else "x"
-    arguments[name] = values
+    name = next(name for name in arguments if name != "shape")
     with pytest.raises((TypeError, ValueError), match=rf"(?<!\w){name}(?!\w).*got.*expected"):
-        call(function, arguments)
-    arguments["out"].assert_untouched()
+        call(function, arguments | {name: values})
+    arguments[OUTPUTS.get(function, "out")].assert_untouched()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -1824,7 +1948,7 @@ def test_unknown_and_missing_arguments_are_type_errors(function):
     arguments = valid_arguments(function)
     with pytest.raises(TypeError):
         call(function, arguments | {"nonsense": 1})
-    del arguments["out"]
+    del arguments[OUTPUTS.get(function, "out")]
     with pytest.raises(TypeError):
         call(function, arguments)
 

@@ -1296,8 +1296,8 @@ def record_calls(device):
         trained_w = w.clone().requires_grad_()
         for ste in ("clip", "approx_sign", "identity"):
             for given in (x, channels_last(x).bfloat16()):
-                sign_conv2d(
-                    given,
+                y = sign_conv2d(
+                    given.detach().requires_grad_(),
                     trained_w,
                     geometry_arguments(1, 1, 1, (3, 3), 2, -1),
                     given.dtype,
@@ -1308,6 +1308,7 @@ def record_calls(device):
                     ste=estimator(ste),
                     weight_ste=estimator(ste),
                 )
+                y.float().sum().backward()
     # The recorder sees what is called below autograd.
     differentiable = torch.ops.binconv.sign_conv2d.default
     without = torch.ops.binconv.sign_conv2d_no_grad.default

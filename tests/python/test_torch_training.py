@@ -120,6 +120,26 @@ def make_layer(device, case, **options):
     return layer.to(device), x.to(device)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("channels", [13, 64, 150])
+@pytest.mark.parametrize("case", ["clip_0.6", "identity", "approx_sign"])
+def test_steps_that_can_be_differentiated_give_the_same_gradients(
+    device, case, channels, dtype, memory_format
+):
+    layer, x = make_layer(device, case, in_channels=channels, pad_value=1, weight_scale="learnable")
+    layer.to(memory_format=memory_format)
+    x = x.to(dtype, memory_format=memory_format).requires_grad_()
+    y = layer(x)
+    wanted = (x, *layer.parameters())
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).to(y)
+    by_kernels = torch.autograd.grad(y, wanted, grad, retain_graph=True)
+    by_steps = torch.autograd.grad(y, wanted, grad, create_graph=True)
+    for fast, slow in zip(by_kernels, by_steps, strict=True):
+        assert torch.equal(fast, slow)
+        assert fast.dtype == slow.dtype
+
+
 @pytest.mark.parametrize("input_shift", [False, True], ids=["plain", "shift"])
 @pytest.mark.parametrize("weight_scale", ["learnable", "channel", "tensor", None])
 @pytest.mark.parametrize("case", CASES)

@@ -5,6 +5,7 @@
 #include "binconv/bits.h"
 #include "binconv/conv2d.h"
 #include "binconv/error.h"
+#include "binconv/gradient.h"
 #include "binconv/kernels.h"
 #include "binconv/scale.h"
 #include "binconv/types.h"

@@ -28,5 +28,19 @@ void scale_channels(const ImageShape&, const void*, DataType, Layout, const floa
                     const Queue&) {
   fail_without_cuda();
 }
+void sign_values(const ImageShape&, const PixelBits&, void*, DataType, Layout, const Queue&) {
+  fail_without_cuda();
+}
+void mask_values(const ImageShape&, const PixelBits&, void*, DataType, Layout, const Queue&) {
+  fail_without_cuda();
+}
+void scaled_signs(int64_t, int64_t, const void*, DataType, const float*, void*, DataType,
+                  const Queue&) {
+  fail_without_cuda();
+}
+void weight_gradient(int64_t, int64_t, const void*, DataType, const void*, DataType, const float*,
+                     float, void*, DataType, const Queue&) {
+  fail_without_cuda();
+}
 
 }  // namespace binconv::cuda

@@ -3,6 +3,7 @@
 #include "cuda/cuda.h"
 #include "cuda/launch.cuh"
 #include "cuda/numeric.cuh"
+#include "cuda/piece.cuh"
 
 // Packing reads values by the piece and leaves their bits in shared memory, in the order of the
 // values; packed chunks are gathered from there. Unpacking goes the other way. So values move in
@@ -15,21 +16,6 @@ constexpr int kThreads = 128;
 constexpr int kPackingBlocks = 8;  // On a multiprocessor, each with 8 KiB of loads in flight.
 
 using Chunk = Vector<uint32_t, kChunkWords>;
-
-// What a thread takes at once: whole vectors of values that make whole bytes of bits.
-template <class T>
-constexpr int kPieceValues = sizeof(T) == 1 ? 16 : 8;
-template <class T>
-using PieceBits = std::conditional_t<sizeof(T) == 1, uint16_t, uint8_t>;
-template <class T>
-struct alignas(kPieceValues<T> * sizeof(T)) Piece {
-  static constexpr int kWords = kPieceValues<T> * sizeof(T) / sizeof(uint32_t);
-
-  __device__ T& operator[](int i) { return reinterpret_cast<T*>(words)[i]; }
-  __device__ const T& operator[](int i) const { return reinterpret_cast<const T*>(words)[i]; }
-
-  uint32_t words[kWords];  // As values, the compiler would move them one by one.
-};
 
 // Whether const or not.
 template <class T>
@@ -409,47 +395,12 @@ __global__ void __launch_bounds__(kThreads, kPackingBlocks)
   }
 }
 
-// The pattern of 1.0, and what differs in -1.0.
-template <class T>
-constexpr uint32_t kOne = 0x3f800000;
-template <>
-constexpr uint32_t kOne<__half> = 0x3c00;
-template <>
-constexpr uint32_t kOne<__nv_bfloat16> = 0x3f80;
-template <>
-constexpr uint32_t kOne<int8_t> = 0x01;
-template <class T>
-constexpr uint32_t kSign = sizeof(T) == 1 ? 0xfe : 1u << (8 * sizeof(T) - 1);
-
-// The low bits as +1 and -1.
-template <class T>
-__device__ Piece<T> unpack_piece(uint32_t bits) {
-  constexpr int kWordValues = sizeof(uint32_t) / sizeof(T);
-  constexpr uint32_t kEach = kWordValues == 1 ? 1 : kWordValues == 2 ? 0x00010001 : 0x01010101;
-  constexpr uint32_t kSpread = kWordValues == 1 ? 1 : kWordValues == 2 ? 0x00008001 : 0x00204081;
-  Piece<T> piece;
-#pragma unroll
-  for (int i = 0; i < piece.kWords; ++i) {
-    const uint32_t negative = ~bits >> i * kWordValues & ((1u << kWordValues) - 1);
-    piece.words[i] = kOne<T> * kEach ^ (negative * kSpread & kEach) * kSign<T>;
-  }
-  return piece;
-}
-
 // Values `low` to `high` of the piece.
 template <class T>
 __device__ void store_piece(const Array<T>& x, int64_t offset, const Piece<T>& piece, int low,
                             int high) {
   T* const to = x.values + offset;
-  if (high - low == kPieceValues<T>) {
-#pragma unroll
-    for (int i = 0; i < piece.kWords; i += 4) {
-      const uint32_t* const words = piece.words + i;
-      // A plain assignment may become a store of every word.
-      __stwb(reinterpret_cast<uint4*>(to) + i / 4, uint4{words[0], words[1], words[2], words[3]});
-    }
-    return;
-  }
+  if (high - low == kPieceValues<T>) return store_whole(to, piece);
 #pragma unroll
   for (int i = 0; i < kPieceValues<T>; ++i) {
     if (i >= low && i < high) to[i] = piece[i];

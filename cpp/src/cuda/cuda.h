@@ -6,6 +6,7 @@
 #include "binconv/kernels.h"
 #include "clip_bits.h"
 #include "kernel_table.h"
+#include "pixel_bits.h"
 
 // The CUDA backend: the library's operations on device memory, arguments already checked, queued on
 // the queue's stream. This header needs no CUDA; a build without CUDA has the same functions in
@@ -35,6 +36,15 @@ void abs_mean(int64_t rows, int64_t columns, const void* x, DataType type, float
               const Queue& queue);
 void scale_channels(const ImageShape& shape, const void* x, DataType type, Layout layout,
                     const float* scale, void* out, const Queue& queue);
+void sign_values(const ImageShape& shape, const PixelBits& bits, void* x, DataType type,
+                 Layout layout, const Queue& queue);
+void mask_values(const ImageShape& shape, const PixelBits& bits, void* x, DataType type,
+                 Layout layout, const Queue& queue);
+void scaled_signs(int64_t rows, int64_t columns, const void* weight, DataType weight_type,
+                  const float* scale, void* out, DataType out_type, const Queue& queue);
+void weight_gradient(int64_t rows, int64_t columns, const void* gradient, DataType gradient_type,
+                     const void* weight, DataType weight_type, const float* scale, float limit,
+                     void* out, DataType out_type, const Queue& queue);
 
 extern const Kernel kConv2dDirect;
 extern const Kernel kConv2dSm80;

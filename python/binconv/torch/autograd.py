@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from . import ops
 from .estimators import EDE, Clip, Estimator, Identity, of_parameter
 
 CLIP = Clip()
+Caller = Callable[..., Any]  # Of an operator's name and arguments.
 LEVELS = 127  # Of the derivatives that backward keeps as 8-bit codes, on either side of 0.
 
 _TENSORS = (
@@ -175,35 +177,15 @@ def _codes(estimator: Estimator, x: Tensor, shift: Tensor | None) -> Tensor:
     if shift is not None:
         values = values + shift.detach().view(-1, 1, 1)
     derivative = estimator.derivative(values).mul_(LEVELS / estimator.peak).round_()
-    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device, memory_format=_memory_format(x))
+    codes = torch.empty(
+        x.shape, dtype=torch.int8, device=x.device, memory_format=ops.memory_format(x)
+    )
     return codes.copy_(derivative)
 
 
 def _narrow(packed: Tensor, channels: int) -> Tensor:
     """Without the unused bytes of each pixel."""
     return packed[..., : (channels + 7) // 8].contiguous() if channels % 128 else packed
-
-
-def _unpacked(narrow: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """Of bits as _narrow leaves them, +1 and -1, (N, C, H, W) in channels_last."""
-    if ops.is_traced(narrow):  # A compiler fuses this with what uses it.
-        masks = 1 << torch.arange(8, dtype=torch.uint8, device=narrow.device)
-        bits = (narrow.unsqueeze(-1) & masks).flatten(3)[..., :channels]
-        return ((bits != 0).to(dtype) * 2 - 1).permute(0, 3, 1, 2)
-    y: Tensor
-    gap = ops.packed_bytes(channels) - narrow.shape[3]
-    if gap and channels % 8 == 0 and narrow.numel() % 16 == 0:
-        # Pixels without unused bits are one row of bits, which nobody needs to widen.
-        row = ops.call("unpack_bits", narrow.view(1, 1, -1, 16), 128, dtype)
-        y = row.permute(0, 2, 3, 1).view(*narrow.shape[:3], channels).permute(0, 3, 1, 2)
-    else:
-        wide = torch.nn.functional.pad(narrow, (0, gap)) if gap else narrow
-        y = ops.call("unpack_bits", wide, channels, dtype)
-    return y
-
-
-def _memory_format(x: Tensor) -> torch.memory_format:
-    return torch.channels_last if ops.is_channels_last(x) else torch.contiguous_format
 
 
 def _fake_sign_conv2d(
@@ -223,7 +205,7 @@ def _fake_sign_conv2d(
     """Bits: (1 or 2, N, H, W, bytes), the signs and for a clip which values are within it."""
     batch, channels, height, width = x.shape
     sizes = ops.out_sizes(batch, (height, width), weight.shape, *ops.geometry_parts(geometry)[:3])
-    form: dict[str, Any] = {"device": x.device, "memory_format": _memory_format(x)}
+    form: dict[str, Any] = {"device": x.device, "memory_format": ops.memory_format(x)}
     y = torch.empty(sizes, dtype=out_dtype, **form)
     bits = 2 if ste == Clip.name else 1, batch, height, width, (channels + 7) // 8
     kept = torch.empty(bits, dtype=torch.uint8, device=x.device)
@@ -310,20 +292,29 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.needs_input_grad[:9]
     )
     x_dtype, residual_dtype = ctx.dtypes
-    of_signs = _sign_gradients(
+    call = _caller(grad, bits, weight)
+    of_signs, of_weight_signs = _sign_gradients(
         grad,
         bits[0],
         weight,
         scale,
         ctx.geometry,
         (needs_x or needs_shift, needs_weight or needs_leaf or needs_scale),
+        call,
     )
-    grad_x = _let_through(ste, of_signs[0], bits, codes)
+    grad_x = _let_through(ste, of_signs, bits, codes, call)
     grad_shift = grad_x.sum((0, 2, 3), dtype=torch.float32) if needs_shift else None
-    grad_weight, grad_scale = _weight_gradients(of_signs[1], weight, scale, needs_scale, weight_ste)
+    grad_scale = None
+    if needs_scale:
+        signs = _scaled_signs(weight, None, torch.float32)
+        grad_scale = (of_weight_signs * signs).sum((1, 2, 3))
+    grad_weight = None
+    if needs_weight or needs_leaf:
+        dtype = torch.float32 if needs_leaf else weight.dtype
+        grad_weight = _weight_gradient(weight_ste, of_weight_signs, weight, scale, dtype, call)
     return (
         grad_x.to(x_dtype) if needs_x else None,
-        grad_weight.to(weight.dtype) if needs_weight else None,
+        grad_weight if needs_weight else None,
         grad_shift,
         grad_scale,
         grad.sum((0, 2, 3), dtype=torch.float32) if needs_bias else None,
@@ -342,13 +333,14 @@ def _sign_gradients(
     scale: Tensor | None,
     geometry: Sequence[int],
     needs: tuple[bool, bool],
+    call: Caller | None,
 ) -> tuple[Any, Any]:
     """convT(grad, scale * sign(weight)) and corr(grad, sign(x))."""
     if not any(needs):
         return None, None
     stride, (top, left, bottom, right), dilation, groups, pad_value = ops.geometry_parts(geometry)
     channels = weight.shape[1] * groups
-    signs = _unpacked(bits, channels, grad.dtype)
+    signs, filters = _operands(bits, weight, scale, channels, grad.dtype, call)
     padded = pad_value != 0 or (top, left) != (bottom, right)
     if padded:
         pads = (left, right, top, bottom)
@@ -356,7 +348,7 @@ def _sign_gradients(
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad,
         signs,
-        _scaled_signs(weight, scale, grad.dtype),
+        filters,
         None,
         stride,
         [0, 0] if padded else [top, left],
@@ -371,6 +363,39 @@ def _sign_gradients(
     return grad_x, grad_weight
 
 
+def _caller(*tensors: Tensor) -> Caller | None:
+    """How backward calls operators; None for steps in PyTorch alone.
+
+    Those a compiler fuses, and they can be differentiated once more.
+    """
+    if torch.is_grad_enabled() or ops.is_traced(tensors[0]):
+        return None
+    return ops.caller(*tensors)
+
+
+def _operands(
+    bits: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    channels: int,
+    dtype: torch.dtype,
+    call: Caller | None,
+) -> tuple[Tensor, Tensor]:
+    """The signs of x, in channels_last, and scale * sign(weight)."""
+    if call is not None:
+        operands: tuple[Tensor, Tensor]
+        operands = call("sign_conv2d_operands", bits, weight, scale, channels, dtype)
+        return operands
+    signs = torch.where(_ones(bits, channels), 1.0, -1.0).to(dtype)
+    return signs, _scaled_signs(weight, scale, dtype)
+
+
+def _ones(bits: Tensor, channels: int) -> Tensor:
+    """Which bits are 1, (N, C, H, W) in channels_last."""
+    masks = 1 << torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return (bits.unsqueeze(-1) & masks != 0).flatten(3)[..., :channels].permute(0, 3, 1, 2)
+
+
 def _scaled_signs(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     if scale is None:
         return torch.where(weight >= 0, 1.0, -1.0).to(dtype)
@@ -378,35 +403,41 @@ def _scaled_signs(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> T
     return torch.where(weight >= 0, factor, -factor)
 
 
-def _let_through(estimator: Estimator, grad: Any, bits: Tensor, codes: Tensor) -> Any:
-    """The product grad * g(x), from what was kept of g(x)."""
+def _let_through(
+    estimator: Estimator, grad: Any, bits: Tensor, codes: Tensor, call: Caller | None
+) -> Any:
+    """The product grad * g(x + shift), from what was kept of g; grad may become it."""
     if grad is None or isinstance(estimator, Identity):
         return grad
-    if isinstance(estimator, Clip):
-        inside = _unpacked(bits[1], grad.shape[1], torch.int8)
-        return torch.ops.aten.threshold_backward(grad, inside, 0)  # One operation, not two.
-    return grad * codes * (estimator.peak / LEVELS)
+    if not isinstance(estimator, Clip):
+        return grad * codes * (estimator.peak / LEVELS)
+    if call is None:
+        return torch.where(_ones(bits[1], grad.shape[1]), grad, 0)
+    grad = grad.contiguous(memory_format=ops.memory_format(grad))
+    call("mask_values", grad, bits[1])
+    return grad
 
 
-def _weight_gradients(
-    of_signs: Any,
+def _weight_gradient(
+    estimator: Estimator,
+    of_signs: Tensor,
     weight: Tensor,
     scale: Tensor | None,
-    needs_scale: bool,
-    estimator: Estimator,
-) -> tuple[Any, Tensor | None]:
-    """Of weight, in float32, and of scale if it needs one."""
-    if of_signs is None:
-        return None, None
-    grad_scale = None
-    if needs_scale:
-        grad_scale = (of_signs * _scaled_signs(weight, None, torch.float32)).sum((1, 2, 3))
-    of_signs = of_signs.float() if scale is None else of_signs * scale.view(-1, 1, 1, 1)
-    if isinstance(estimator, Clip):
-        return of_signs * (weight.float().abs() <= estimator.limit), grad_scale
-    if not isinstance(estimator, Identity):
-        of_signs = of_signs * estimator.derivative(weight.float())
-    return of_signs, grad_scale
+    dtype: torch.dtype,
+    call: Caller | None,
+) -> Tensor:
+    """The product scale * of_signs * h(weight)."""
+    is_clip = isinstance(estimator, Clip)
+    if call is not None and (is_clip or isinstance(estimator, Identity)):
+        limit = min(estimator.parameter, ops.LARGEST) if is_clip else math.inf
+        y: Tensor = call("weight_gradient", of_signs, weight, scale, limit, dtype)
+        return y
+    y = of_signs.float() if scale is None else of_signs * scale.view(-1, 1, 1, 1)
+    if is_clip:
+        y = torch.where(weight.float().abs() <= estimator.parameter, y, 0)
+    elif not isinstance(estimator, Identity):
+        y = y * estimator.derivative(weight.float())
+    return y.to(dtype)
 
 
 _OPERATORS: list[tuple[str, Any, Any]] = [

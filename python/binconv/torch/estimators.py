@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .ops import memoized
+
 
 @dataclass(frozen=True)
 class Estimator:
@@ -185,6 +187,11 @@ def of_parameter(name: str, parameter: float, progress: Tensor | None = None) ->
     """The estimator with that name and that `parameter`; for "ede" progress, if given, instead."""
     if name == EDE.name and progress is not None:
         return EDE(progress)
+    return _of_number(name, parameter)
+
+
+@memoized
+def _of_number(name: str, parameter: float) -> Estimator:
     default: Any = estimator(name)
     return type(default)(parameter) if fields(default) else default  # type: ignore[no-any-return]
 

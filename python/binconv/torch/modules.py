@@ -58,6 +58,8 @@ class BinaryConv2d(nn.Conv2d):
     channels_last for a BitTensor).
     """
 
+    _leaf: Tensor | None = None
+
     def __init__(
         self,
         in_channels: int,
@@ -182,7 +184,9 @@ class BinaryConv2d(nn.Conv2d):
     def _leaf_of_weight(self) -> Tensor | None:
         if not torch.compiler.is_compiling():  # Which cannot look into the parameter itself.
             weight: Tensor = self.weight
-            self._leaf = weight.leaf if isinstance(weight, BinaryParameter) else None
+            leaf = weight.leaf if isinstance(weight, BinaryParameter) else None
+            if leaf is not self._leaf:  # As a module takes its time to set an attribute.
+                self._leaf = leaf
         return self._leaf
 
     def _forward_bits(

@@ -52,6 +52,15 @@ _library.define(
     f"conv2d(Tensor x, Tensor weight, Tensor? prepared, {_GEOMETRY}, {_EPILOGUE}, "
     "ScalarType out_dtype) -> Tensor"
 )
+_library.define(
+    "sign_conv2d_operands(Tensor bits, Tensor weight, Tensor? scale, int channels, "
+    "ScalarType dtype) -> (Tensor, Tensor)"
+)
+_library.define("mask_values(Tensor(a!) x, Tensor bits) -> ()")
+_library.define(
+    "weight_gradient(Tensor gradient, Tensor weight, Tensor? scale, float limit, "
+    "ScalarType dtype) -> Tensor"
+)
 
 
 def memoized(function: Callable[..., T]) -> Callable[..., T]:
@@ -75,8 +84,19 @@ def call(name: str, *arguments: Any) -> Any:
 
     The dispatcher alone takes the host as long as all the rest of a convolution's call.
     """
-    if reaches_kernel(arguments):
-        return kernels[name](*arguments)
+    return caller(*arguments)(name, *arguments)
+
+
+def caller(*arguments: Any) -> Callable[..., Any]:
+    """The same as a function of a name and arguments, for several calls on such arguments."""
+    return _call_kernel if reaches_kernel(arguments) else _dispatch
+
+
+def _call_kernel(name: str, *arguments: Any) -> Any:
+    return kernels[name](*arguments)
+
+
+def _dispatch(name: str, *arguments: Any) -> Any:
     return getattr(torch.ops.binconv, name).default(*arguments)
 
 
@@ -139,6 +159,11 @@ def _ordinal(x: Tensor) -> int | None:
 def is_channels_last(x: Tensor) -> bool:
     """Whether x lies in memory as NHWC and not also as NCHW."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Of what shall lie in memory as x does."""
+    return torch.channels_last if is_channels_last(x) else torch.contiguous_format
 
 
 def _bits(x: Tensor) -> Tensor:
@@ -527,7 +552,7 @@ def sign_conv2d(
     out = _new_output(sizes, x, out_dtype, channels_last)
     if residual is not None:
         residual = _in_layout(residual, channels_last).contiguous()
-    clip = {} if limit is None else {"inside": _array(bits[1]), "limit": min(limit, _LARGEST)}
+    clip = {} if limit is None else {"inside": _array(bits[1]), "limit": min(limit, LARGEST)}
     binconv.sign_conv2d(
         shape,
         to_dlpack(x_array),
@@ -547,7 +572,62 @@ def sign_conv2d(
     return out, bits
 
 
-_LARGEST = torch.finfo(torch.float32).max
+LARGEST = torch.finfo(torch.float32).max
+
+
+def _sign_conv2d_operands(
+    bits: Tensor, weight: Tensor, scale: Tensor | None, channels: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The signs of x, (N, C, H, W) in channels_last, and scale * sign(weight)."""
+    signs, filters = _fake_sign_conv2d_operands(bits, weight, scale, channels, dtype)
+    binconv.sign_conv2d_operands(
+        to_dlpack(bits),
+        to_dlpack(_dense(weight)[0]),
+        to_dlpack(signs.permute(0, 2, 3, 1)),
+        to_dlpack(_dense(filters)[0]),
+        layout="nhwc",
+        scale=_array(scale),
+        **_queue(bits),
+    )
+    return signs, filters
+
+
+def _fake_sign_conv2d_operands(
+    bits: Tensor, weight: Tensor, scale: Tensor | None, channels: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return _fake_unpack_bits(bits, channels, dtype), _new_as(weight, dtype)
+
+
+def _new_as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for what has x's sizes and lies as x does."""
+    return torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
+
+
+def _mask_values(x: Tensor, bits: Tensor) -> None:
+    """In place; x is dense."""
+    array, layout = _dense(x)
+    binconv.mask_values(to_dlpack(array), to_dlpack(bits), layout=layout, **_queue(x))
+
+
+def _weight_gradient(
+    gradient: Tensor, weight: Tensor, scale: Tensor | None, limit: float, dtype: torch.dtype
+) -> Tensor:
+    out = _new_as(weight, dtype)
+    binconv.weight_gradient(
+        to_dlpack(_dense(gradient.contiguous(memory_format=memory_format(weight)))[0]),
+        to_dlpack(_dense(weight)[0]),
+        to_dlpack(_dense(out)[0]),
+        scale=_array(scale),
+        limit=limit,
+        **_queue(weight),
+    )
+    return out
+
+
+def _fake_weight_gradient(
+    gradient: Tensor, weight: Tensor, scale: Tensor | None, limit: float, dtype: torch.dtype
+) -> Tensor:
+    return _new_as(weight, dtype)
 
 
 def _fake_conv2d(
@@ -611,13 +691,21 @@ _OPERATORS: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = [
     ("packed_conv2d_no_grad", _packed_conv2d, _fake_packed_conv2d),
     ("packed_conv2d_with_bits", _packed_conv2d_with_bits, _fake_packed_conv2d_with_bits),
     ("conv2d", _conv2d, _fake_conv2d),
+    ("sign_conv2d_operands", _sign_conv2d_operands, _fake_sign_conv2d_operands),
+    ("mask_values", _mask_values, lambda *_: None),
+    ("weight_gradient", _weight_gradient, _fake_weight_gradient),
 ]
 for _name, _function, _fake in _OPERATORS:
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _function, _key)
     torch.library.register_fake(f"binconv::{_name}", _fake, lib=_library)
 kernels = {_name: _function for _name, _function, _ in _OPERATORS}
-for _name in ("packed_conv2d_no_grad", "packed_conv2d_with_bits"):
+for _name in (
+    "packed_conv2d_no_grad",
+    "packed_conv2d_with_bits",
+    "sign_conv2d_operands",
+    "weight_gradient",
+):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 torch.library.register_autograd(
     "binconv::packed_conv2d",
