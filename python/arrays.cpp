@@ -129,6 +129,11 @@ void Array::expect_bytes(int64_t bytes) const {
   if (shape[0] < bytes) fail(name, ": got ", shape[0], " bytes, expected at least ", bytes);
 }
 
+void Array::expect_channels(int64_t channels) const {
+  expect_type(DataType::kFloat32);
+  expect_shape({channels});
+}
+
 void Array::expect_aligned(int64_t alignment) const {
   if (reinterpret_cast<uintptr_t>(data) % alignment == 0) return;
   fail(name, ": got address ", data, ", expected a multiple of ", alignment, " bytes");
@@ -149,10 +154,13 @@ std::optional<Array> read_optional(const char* name, nb::handle object) {
 
 std::optional<Array> read_channels(const char* name, nb::handle object, int64_t channels) {
   std::optional<Array> array = read_optional(name, object);
-  if (array) {
-    array->expect_type(DataType::kFloat32);
-    array->expect_shape({channels});
-  }
+  if (array) array->expect_channels(channels);
+  return array;
+}
+
+Array write_channels(const char* name, nb::handle object, int64_t channels) {
+  Array array = write(name, object);
+  array.expect_channels(channels);
   return array;
 }
 

@@ -49,7 +49,8 @@ struct Array {
   void expect_type(std::initializer_list<DataType> expected) const;
   void expect_packed(const std::vector<int64_t>& expected) const;  // uint8, this shape, aligned.
   void expect_aligned(int64_t alignment) const;
-  void expect_bytes(int64_t bytes) const;  // uint8, one dimension, aligned, at least so long.
+  void expect_channels(int64_t channels) const;  // float32, one dimension of this size.
+  void expect_bytes(int64_t bytes) const;        // uint8, one dimension, aligned, at least so long.
 };
 
 const char* type_name(DataType type);
@@ -63,8 +64,9 @@ Array write(const char* name, nb::handle object);
 // Nothing for None.
 std::optional<Array> read_optional(const char* name, nb::handle object);
 
-// A float32 vector of one value per channel, or nothing for None.
+// A float32 vector of one value per channel; for reading, nothing for None.
 std::optional<Array> read_channels(const char* name, nb::handle object, int64_t channels);
+Array write_channels(const char* name, nb::handle object, int64_t channels);
 
 // A vector of one uint8 or bool per channel, or nothing for None.
 std::optional<Array> read_flags(const char* name, nb::handle object, int64_t channels);

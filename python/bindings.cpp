@@ -156,14 +156,15 @@ void prepare(const WeightShape& shape, nb::handle packed_object, nb::handle out_
 
 // The options of a convolution's epilogue, as Python gives them.
 struct EpilogueObjects {
-  bool clamp;
+  bool clamp, writes_scale;
   nb::handle scale, bias, residual, activation, threshold, threshold_below, bits;
 };
 
 struct EpilogueArguments {
   EpilogueArguments(int64_t channels, const EpilogueObjects& objects)
       : clamp(objects.clamp),
-        scale(read_channels("scale", objects.scale, channels)),
+        scale(objects.writes_scale ? write_channels("scale", objects.scale, channels)
+                                   : read_channels("scale", objects.scale, channels)),
         bias(read_channels("bias", objects.bias, channels)),
         residual(read_optional("residual", objects.residual)),
         activation(objects.activation, channels),
@@ -240,8 +241,9 @@ void conv2d(const Conv2dShape& shape, nb::handle input_object, nb::handle prepar
   const Array input = read("input", input_object), out = write("out", out_object);
   const Array prepared = read("prepared_weight", prepared_object);
   const EpilogueArguments arguments(
-      weight.out_channels, {clamp, scale_object, bias_object, residual_object, activation_object,
-                            threshold_object, threshold_below_object, bits_object});
+      weight.out_channels,
+      {clamp, false, scale_object, bias_object, residual_object, activation_object,
+       threshold_object, threshold_below_object, bits_object});
   std::optional<Array> workspace;
   if (!workspace_object.is_none()) workspace = write("workspace", workspace_object);
   const Queue queue =
@@ -290,8 +292,8 @@ void sign_conv2d(const Conv2dShape& shape, nb::handle x_object, nb::handle weigh
                  nb::handle bits_object, nb::handle out_object, nb::handle scratch_object,
                  const std::string& layout_name, const std::string& weight_layout_name,
                  nb::handle threshold_object, nb::handle inside_object, float limit,
-                 nb::handle scale_object, nb::handle bias_object, nb::handle residual_object,
-                 OptionalStream stream, OptionalThreads threads) {
+                 nb::handle scale_object, bool mean_scale, nb::handle bias_object,
+                 nb::handle residual_object, OptionalStream stream, OptionalThreads threads) {
   const WeightShape& sizes = shape.weight;
   const Array x = read("x", x_object), weight = read("weight", weight_object);
   const Array bits = write("bits", bits_object), out = write("out", out_object);
@@ -300,6 +302,7 @@ void sign_conv2d(const Conv2dShape& shape, nb::handle x_object, nb::handle weigh
   if (!inside_object.is_none()) inside = write("inside", inside_object);
   const ThresholdArgument threshold(threshold_object, sizes.in_channels);
   const EpilogueArguments arguments(sizes.out_channels, {.clamp = false,
+                                                         .writes_scale = mean_scale,
                                                          .scale = scale_object,
                                                          .bias = bias_object,
                                                          .residual = residual_object,
@@ -331,6 +334,7 @@ void sign_conv2d(const Conv2dShape& shape, nb::handle x_object, nb::handle weigh
   scratch.expect_bytes(at.total);
   const Epilogue epilogue = arguments.to(
       out, layout, {shape.batch, sizes.out_channels, shape.out_height(), shape.out_width()});
+  if (mean_scale) weight.expect_type(kFloatTypes);
   if (out.type == DataType::kInt32) {  // Else binary_conv2d checks this, after bits are written.
     for (const auto* factor : {&arguments.scale, &arguments.bias, &arguments.residual}) {
       if (*factor) fail((*factor)->name, ": got one for an out of int32, expected None");
@@ -338,6 +342,11 @@ void sign_conv2d(const Conv2dShape& shape, nb::handle x_object, nb::handle weigh
   }
 
   nb::gil_scoped_release unlocked;
+  if (mean_scale) {
+    const int64_t columns = filters.channels * filters.height * filters.width;
+    abs_mean(filters.batch, columns, weight.data, weight.type,
+             static_cast<float*>(arguments.scale->data), queue);
+  }
   if (inside) {
     pack_bits_and_clip(image, x.data, x.type, layout, threshold.threshold, limit, bits.data,
                        inside->data, queue);
@@ -445,8 +454,7 @@ void scale(nb::handle x_object, nb::handle scale_object, nb::handle out_object,
   const Layout layout = layout_from(layout_name);
   const ImageShape image = image_of(x, layout);
   const Array factors = read("scale", scale_object);
-  factors.expect_type(DataType::kFloat32);
-  factors.expect_shape({image.channels});
+  factors.expect_channels(image.channels);
   x.expect_type(kFloatTypes);
   out.expect_type(x.type);
   out.expect_shape(x.shape);
@@ -590,8 +598,8 @@ NB_MODULE(_binconv, m) {
   m.def("sign_conv2d", sign_conv2d, "shape"_a, "x"_a.none(), "weight"_a.none(), "bits"_a.none(),
         "out"_a.none(), "scratch"_a.none(), nb::kw_only(), "layout"_a = "nchw",
         "weight_layout"_a = "nchw", "threshold"_a = nb::none(), "inside"_a = nb::none(),
-        "limit"_a = 1.0f, "scale"_a = nb::none(), "bias"_a = nb::none(), "residual"_a = nb::none(),
-        "stream"_a = nb::none(), "threads"_a = nb::none());
+        "limit"_a = 1.0f, "scale"_a = nb::none(), "mean_scale"_a = false, "bias"_a = nb::none(),
+        "residual"_a = nb::none(), "stream"_a = nb::none(), "threads"_a = nb::none());
   m.def("sign_conv2d_operands", sign_conv2d_operands, "bits"_a.none(), "weight"_a.none(),
         "signs"_a.none(), "filters"_a.none(), nb::kw_only(), "layout"_a = "nchw",
         "scale"_a = nb::none(), "stream"_a = nb::none(), "threads"_a = nb::none());

@@ -225,6 +225,7 @@ def sign_conv2d(
     inside: Array | None = None,
     limit: float = 1.0,
     scale: Array | None = None,
+    mean_scale: bool = False,
     bias: Array | None = None,
     residual: Array | None = None,
     stream: int | None = None,
@@ -233,13 +234,15 @@ def sign_conv2d(
     """Writes the convolution of the signs of x - threshold and of weight, for values in floats.
 
     In one call what pack_bits (with inside, pack_bits_and_clip) of x, pack_bits and prepare_weight
-    of weight, and binary_conv2d do: a step of training takes them all, each call takes time.
+    of weight (with mean_scale, abs_mean, too), and binary_conv2d do: a step of training takes them
+    all, each call takes time.
 
     x: float32, float16, bfloat16 or int8, (N, C, H, W) or for layout "nhwc" (N, H, W, C).
     weight: of these types, (O, C / groups, KH, KW) or for weight_layout "nhwc" (O, KH, KW,
         C / groups); or uint8, from prepare_weight.
     bits: uint8 (N, H, W, packed_bytes(C)), gets those of x >= threshold.
     out, scale, bias, residual: as in binary_conv2d, in the layout of x.
+    mean_scale: first writes mean(|weight[o]|) to scale, as abs_mean does; for a weight of floats.
     scratch: uint8, one dimension of at least sign_conv2d_bytes(shape).
     threshold, inside, limit: as in pack_bits_and_clip.
     """

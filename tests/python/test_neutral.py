@@ -930,9 +930,10 @@ def test_cpu_only_build_has_no_cuda_kernels():
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("weight_layout", ["nchw", "nhwc", "prepared"])
 @pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("mean_scale", [False, True])
 @pytest.mark.parametrize(("channels", "groups"), [(13, 1), (128, 1), (150, 1), (64, 4)])
 def test_convolution_of_values_is_that_of_their_bits(
-    fuzz_seed, layout, weight_layout, clips, channels, groups
+    fuzz_seed, layout, weight_layout, clips, mean_scale, channels, groups
 ):
     rng = np.random.default_rng(fuzz_seed)
 
@@ -947,6 +948,9 @@ def test_convolution_of_values_is_that_of_their_bits(
     shape = conv_shape(x, w, groups, **geometry)
     residual = rng.standard_normal((3, 12, shape.out_height, shape.out_width)).astype(np.float32)
     is_prepared = weight_layout == "prepared"
+    mean_scale = mean_scale and not is_prepared
+    if mean_scale:
+        scale = Guarded((12,), np.float32).array
     scratch = Guarded((binconv.sign_conv2d_bytes(shape, prepared=is_prepared),), np.uint8)
     bits, inside = (Guarded((3, 7, 6, packed_bytes(channels)), np.uint8) for _ in range(2))
     out = Guarded(placed(residual, layout).shape, np.float32)
@@ -963,9 +967,13 @@ def test_convolution_of_values_is_that_of_their_bits(
         inside=inside.array if clips else None,
         limit=0.75,
         scale=scale,
+        mean_scale=mean_scale,
         bias=bias,
         residual=placed(residual, layout),
     )
+    if mean_scale:
+        means = np.abs(w.astype(np.float64)).mean((1, 2, 3))
+        np.testing.assert_array_max_ulp(scale, means.astype(np.float32))
     of_x = reference.bits_of(x, threshold)
     acc = reference.conv2d(
         np.where(of_x, 1, -1), np.where(w >= 0, 1, -1), groups=groups, **geometry
@@ -1276,6 +1284,21 @@ BAD_ARRAYS = [
     ("sign_conv2d", {"out": poisoned(2, 3, 3, 8)}, ValueError, "out", "(2, 3, 3, 8)"),
     ("sign_conv2d", {"scratch": poisoned(99, dtype=np.uint8)}, ValueError, "scratch", "99"),
     ("sign_conv2d", {"scale": np.ones(8)}, ValueError, "scale", "64"),
+    ("sign_conv2d", {"mean_scale": True}, TypeError, "scale", "None"),
+    (
+        "sign_conv2d",
+        {"mean_scale": True, "scale": read_only(poisoned(8))},
+        (TypeError, ValueError),
+        "scale",
+        "ndarray",
+    ),
+    (
+        "sign_conv2d",
+        {"mean_scale": True, "scale": poisoned(8), "weight": np.ones((8, 16, 3, 3), np.int8)},
+        ValueError,
+        "weight",
+        "int8",
+    ),
     ("sign_conv2d", {"residual": floats(2, 3, 3, 8)}, ValueError, "residual", "(2, 3, 3, 8)"),
     ("sign_conv2d", {"layout": "hwcn"}, ValueError, "layout", "hwcn"),
     *(

@@ -799,7 +799,7 @@ def test_raw_operators_refuse_a_geometry_of_another_length(device, count):
     x, w = torch.ones(1, 8, 4, 4, device=device), torch.ones(4, 8, 1, 1, device=device)
     geometry = [1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0][:count]
     got = f"^geometry: got {count} numbers"
-    arguments = (*(None,) * 6, geometry, torch.float32, "clip", 1.0)
+    arguments = (*(None,) * 6, geometry, torch.float32, False, "clip", 1.0)
     with pytest.raises(ValueError, match=got):
         torch.ops.binconv.sign_conv2d_no_grad(x, w, *arguments)
     bits, prepared = pack_bits(x).data, prepare_weight(w).data
@@ -812,7 +812,7 @@ def test_a_raw_operator_refuses_an_unknown_estimator(device):
     geometry = [1, 1, 0, 0, 0, 0, 1, 1, 1, 0]
     with pytest.raises(ValueError, match=r"^ste: got 'clap'"):
         torch.ops.binconv.sign_conv2d_no_grad(
-            x, w, *(None,) * 6, geometry, torch.float32, "clap", 1.0
+            x, w, *(None,) * 6, geometry, torch.float32, False, "clap", 1.0
         )
 
 
@@ -1313,7 +1313,7 @@ def record_calls(device):
     differentiable = torch.ops.binconv.sign_conv2d.default
     without = torch.ops.binconv.sign_conv2d_no_grad.default
     trained = [args for function, args, _ in recorder.calls if function == without]
-    calls = [(differentiable, (*a[:8], None, *a[8:], *a[10:]), {}) for a in trained]
+    calls = [(differentiable, (*a[:8], None, *a[8:], *a[11:]), {}) for a in trained]
     return recorder.calls + calls
 
 

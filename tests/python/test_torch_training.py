@@ -228,7 +228,7 @@ def test_forward_mode_is_refused_and_not_taken_for_a_constant(device, function):
     layer, x = make_layer(device, "clip")
     weight = layer.weight.detach()
     geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0]
-    arguments = *[None] * 7, geometry, x.dtype, "clip", 1.0, "clip", 1.0
+    arguments = *[None] * 7, geometry, x.dtype, False, "clip", 1.0, "clip", 1.0
 
     def operator(x):
         return torch.ops.binconv.sign_conv2d(x, weight, *arguments)[0]
@@ -299,7 +299,7 @@ def test_each_tensor_of_the_operator_gets_its_own_gradient(device, wanted):
     tensors[wanted].requires_grad_()
     x, w, shift, scale, bias, residual, leaf = tensors.values()
     geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0]
-    arguments = *[None] * 2, leaf, geometry, x.dtype, "clip", 1.0, "clip", 1.0
+    arguments = *[None] * 2, leaf, geometry, x.dtype, False, "clip", 1.0, "clip", 1.0
     y, *_ = torch.ops.binconv.sign_conv2d(x, w, shift, scale, bias, residual, *arguments)
     grad = torch.randint(-3, 4, y.shape, generator=g).float()
     y.backward(grad.to(device))

@@ -21,8 +21,8 @@ _TENSORS = (
     "Tensor x, Tensor weight, Tensor? shift, Tensor? scale, Tensor? bias, Tensor? residual, "
     "Tensor? prepared, Tensor? progress"
 )
-_OTHERS = "int[10] geometry, ScalarType out_dtype, str ste, float ste_parameter"
-_RESULTS = "(Tensor, Tensor, Tensor)"
+_OTHERS = "int[10] geometry, ScalarType out_dtype, bool mean_scale, str ste, float ste_parameter"
+_RESULTS = "(Tensor, Tensor, Tensor, Tensor)"
 
 _library = torch.library.Library("binconv", "FRAGMENT")
 _library.define(
@@ -45,6 +45,7 @@ def sign_conv2d(
     residual: Tensor | None = None,
     prepared: Tensor | None = None,
     progress: Tensor | None = None,
+    mean_scale: bool = False,
     ste: Estimator = CLIP,
     weight_ste: Estimator = CLIP,
 ) -> Tensor:
@@ -72,6 +73,7 @@ def sign_conv2d(
         shift: (C,) float32, added to x before its sign is taken.
         out_dtype: of the result, in which its gradient is expected and backward computes.
         scale: (O,) float32.
+        mean_scale: takes mean(|weight|) of each filter as the scale, without a gradient.
         bias: (O,) float32.
         residual: float tensor of the result's shape.
         prepared: the bits of weight, if they are at hand.
@@ -83,6 +85,7 @@ def sign_conv2d(
     others = (
         ops.flat_geometry(*geometry),
         out_dtype,
+        mean_scale,
         ste.name,
         _parameter(ste, progress),
         weight_ste.name,
@@ -146,26 +149,33 @@ def _sign_conv2d(
     progress: Tensor | None,
     geometry: Sequence[int],
     out_dtype: torch.dtype,
+    mean_scale: bool,
     ste: str,
     ste_parameter: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The result, and what backward needs of x: bits (see _fake_sign_conv2d) and 8-bit codes."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The result, and what backward needs: bits (see _fake_sign_conv2d) and codes of x; means."""
     estimator = None
     if ste not in _BITS_ALONE:
         estimator = of_parameter(ste, ste_parameter, None if progress is None else progress[0])
+    means = _new_means(x, weight, mean_scale)
     y, kept = ops.sign_conv2d(
         x,
         weight if prepared is None else prepared,
         (*weight.shape, *geometry),
         out_dtype,
-        scale,
+        means if mean_scale else scale,
         bias,
         residual,
         None if shift is None else -shift.detach(),
         ste_parameter if ste == Clip.name else None,
+        mean_scale,
     )
     codes = x.new_empty(0, dtype=torch.int8) if estimator is None else _codes(estimator, x, shift)
-    return y, _narrow(kept, x.shape[1]), codes
+    return y, _narrow(kept, x.shape[1]), codes, means
+
+
+def _new_means(x: Tensor, weight: Tensor, mean_scale: bool) -> Tensor:
+    return x.new_empty(weight.shape[0] if mean_scale else 0, dtype=torch.float32)
 
 
 _BITS_ALONE = (Clip.name, Identity.name)  # Estimators whose derivative bits tell.
@@ -199,9 +209,10 @@ def _fake_sign_conv2d(
     progress: Tensor | None,
     geometry: Sequence[int],
     out_dtype: torch.dtype,
+    mean_scale: bool,
     ste: str,
     ste_parameter: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Bits: (1 or 2, N, H, W, bytes), the signs and for a clip which values are within it."""
     batch, channels, height, width = x.shape
     sizes = ops.out_sizes(batch, (height, width), weight.shape, *ops.geometry_parts(geometry)[:3])
@@ -209,9 +220,10 @@ def _fake_sign_conv2d(
     y = torch.empty(sizes, dtype=out_dtype, **form)
     bits = 2 if ste == Clip.name else 1, batch, height, width, (channels + 7) // 8
     kept = torch.empty(bits, dtype=torch.uint8, device=x.device)
+    means = _new_means(x, weight, mean_scale)
     if ste in _BITS_ALONE:
-        return y, kept, x.new_empty(0, dtype=torch.int8)
-    return y, kept, torch.empty(x.shape, dtype=torch.int8, **form)
+        return y, kept, x.new_empty(0, dtype=torch.int8), means
+    return y, kept, torch.empty(x.shape, dtype=torch.int8, **form), means
 
 
 class _SignConv2d(torch.autograd.Function):
@@ -222,15 +234,15 @@ class _SignConv2d(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output: tuple[Tensor, Tensor, Tensor]
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output: tuple[Tensor, ...]
         output = ops.call("sign_conv2d_no_grad", *_of_no_grad(inputs))
         _save(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, grads[0]), *[None] * 5
+        return *_backward(ctx, grads[0]), *[None] * 6
 
 
 class _SignConv2dKernel(torch.autograd.Function):
@@ -255,7 +267,7 @@ class _SignConv2dKernel(torch.autograd.Function):
 
 def _of_no_grad(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments of sign_conv2d_no_grad among those of sign_conv2d."""
-    return *inputs[:8], *inputs[9:13]
+    return *inputs[:8], *inputs[9:14]
 
 
 def _autograd(*inputs: Any) -> Any:
@@ -270,10 +282,10 @@ def _autograd(*inputs: Any) -> Any:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, scale, _, residual, _, progress, _, geometry, _, *estimators = inputs
-    _, bits, codes = output
+    x, weight, _, scale, _, residual, _, progress, _, geometry, _, mean_scale, *estimators = inputs
+    _, bits, codes, means = output
     ctx.set_materialize_grads(False)  # Bits have no gradient, not one of zeros.
-    ctx.save_for_backward(bits, codes, weight, scale, progress)
+    ctx.save_for_backward(bits, codes, weight, means if mean_scale else scale, progress)
     ctx.geometry = geometry
     ctx.dtypes = x.dtype, None if residual is None else residual.dtype
     ctx.estimators = estimators

@@ -157,13 +157,21 @@ class BinaryConv2d(nn.Conv2d):
         self._check_weight()
         self._check_input(x)
         bias, shift = _float(self.bias), _float(self.shift)
-        prepared, scale = self._kept_weight() if self._keeps_weight() else (None, self._new_scale())
+        leaf = self._leaf_of_weight()
+        trains = not isinstance(x, BitTensor) and wants_gradient(
+            x, self.weight, leaf, shift, self.scale, bias
+        )
+        mean_scale = False
+        if self._keeps_weight():
+            prepared, scale = self._kept_weight()
+        else:
+            mean_scale = trains and self.weight_scale == "channel"
+            prepared, scale = None, None if mean_scale else self._new_scale()
         if isinstance(x, BitTensor):
             return self._forward_bits(x.data, prepared, scale, bias, torch.float32, True)
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
-        leaf = self._leaf_of_weight()
-        if wants_gradient(x, self.weight, leaf, shift, scale, bias):
+        if trains:
             return sign_conv2d(
                 x,
                 self.weight,
@@ -172,6 +180,7 @@ class BinaryConv2d(nn.Conv2d):
                 leaf=leaf,
                 shift=shift,
                 scale=scale,
+                mean_scale=mean_scale,
                 bias=bias,
                 prepared=prepared,
                 progress=_float(self.progress),

@@ -530,12 +530,13 @@ def sign_conv2d(
     residual: Tensor | None,
     threshold: Tensor | None = None,
     limit: float | None = None,
+    mean_scale: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The convolution of values with a weight or prepared bits, and the bits of the values.
 
     Those are (1 or 2, N, H, W, bytes): of x >= threshold, 0 if not given, and if there is a limit,
     of |x - threshold| <= limit. One beyond float32 holds all of its finite numbers, as the largest
-    of them does.
+    of them does. With mean_scale, scale becomes mean(|weight|) of each filter.
     """
     queue = _queue(x)
     is_prepared = weight.dtype == torch.uint8
@@ -564,6 +565,7 @@ def sign_conv2d(
         weight_layout=weight_layout,
         threshold=_array(threshold),
         scale=_array(scale),
+        mean_scale=mean_scale,
         bias=_array(bias),
         residual=_array(residual),
         **clip,
