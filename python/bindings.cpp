@@ -25,9 +25,9 @@ const float* floats(const std::optional<Array>& array) {
   return array ? static_cast<const float*>(array->data) : nullptr;
 }
 
-Layout layout_from(const std::string& layout) {
+Layout layout_from(const std::string& layout, const char* name = "layout") {
   if (layout != "nchw" && layout != "nhwc") {
-    fail("layout: got \"", layout, "\", expected \"nchw\" or \"nhwc\"");
+    fail(name, ": got \"", layout, "\", expected \"nchw\" or \"nhwc\"");
   }
   return layout == "nchw" ? Layout::kNCHW : Layout::kNHWC;
 }
@@ -56,10 +56,10 @@ ImageShape weight_image(const WeightShape& weight) {
 
 // A threshold is None, a number, or one number per channel.
 struct ThresholdArgument {
-  ThresholdArgument(nb::handle object, int64_t channels) {
+  ThresholdArgument(nb::handle object, int64_t channels, const char* name = "threshold") {
     if (object.is_none() || nb::isinstance<nb::capsule>(object) ||
         nb::hasattr(object, "__dlpack__")) {
-      array = read_channels("threshold", object, channels);
+      array = read_channels(name, object, channels);
       threshold.per_channel = floats(array);
       return;
     }
@@ -67,8 +67,8 @@ struct ThresholdArgument {
     if (PyErr_Occurred()) {
       const bool overflows = PyErr_ExceptionMatches(PyExc_OverflowError);
       PyErr_Clear();
-      if (overflows) fail("threshold: got an int beyond a float's range, expected a float");
-      throw_type_error("threshold", object, "None, a number or a float32 array");
+      if (overflows) fail(name, ": got an int beyond a float's range, expected a float");
+      throw_type_error(name, object, "None, a number or a float32 array");
     }
     threshold.value = static_cast<float>(value);
   }
@@ -99,6 +99,8 @@ struct ActivationArgument {
 constexpr auto kFloatTypes = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16};
 constexpr auto kValueTypes = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16,
                               DataType::kInt8};
+constexpr auto kInputTypes = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16,
+                              DataType::kInt8, DataType::kBits};
 constexpr auto kOutTypes = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16,
                             DataType::kInt32, DataType::kBits};
 
@@ -236,6 +238,7 @@ void conv2d(const Conv2dShape& shape, nb::handle input_object, nb::handle prepar
             nb::handle scale_object, nb::handle bias_object, nb::handle residual_object,
             nb::handle activation_object, nb::handle threshold_object,
             nb::handle threshold_below_object, nb::handle bits_object, nb::handle workspace_object,
+            const std::string& input_layout_name, nb::handle input_threshold_object,
             OptionalStream stream, OptionalThreads threads, const OptionalKernel& kernel) {
   const WeightShape& weight = shape.weight;
   const Array input = read("input", input_object), out = write("out", out_object);
@@ -244,32 +247,49 @@ void conv2d(const Conv2dShape& shape, nb::handle input_object, nb::handle prepar
       weight.out_channels,
       {clamp, false, scale_object, bias_object, residual_object, activation_object,
        threshold_object, threshold_below_object, bits_object});
+  const bool is_packed = input.type == DataType::kBits;
+  const ThresholdArgument input_threshold(input_threshold_object, weight.in_channels,
+                                          "input_threshold");
+  if (is_packed && !input_threshold_object.is_none()) {
+    fail("input_threshold: got one for an input of bits, expected None");
+  }
   std::optional<Array> workspace;
   if (!workspace_object.is_none()) workspace = write("workspace", workspace_object);
   const Queue queue =
       queue_for(input,
-                {&prepared, &out, pointer(arguments.scale), pointer(arguments.bias),
-                 pointer(arguments.activation.in_shift), pointer(arguments.activation.slope),
-                 pointer(arguments.activation.out_shift), pointer(arguments.threshold.array),
-                 pointer(arguments.threshold_below), pointer(arguments.residual),
-                 pointer(arguments.bits), pointer(workspace)},
+                {&prepared, &out, pointer(input_threshold.array), pointer(arguments.scale),
+                 pointer(arguments.bias), pointer(arguments.activation.in_shift),
+                 pointer(arguments.activation.slope), pointer(arguments.activation.out_shift),
+                 pointer(arguments.threshold.array), pointer(arguments.threshold_below),
+                 pointer(arguments.residual), pointer(arguments.bits), pointer(workspace)},
                 stream, threads, c_str(kernel));
 
-  const int64_t scratch = workspace_bytes(shape, queue);  // Also checks the shape.
+  const int64_t scratch =  // Also checks the shape.
+      is_packed ? workspace_bytes(shape, queue) : values_workspace_bytes(shape, queue);
+  prepared.expect_bytes(prepared_weight_bytes(weight, queue));
+  const ImageShape image = {shape.batch, weight.in_channels, shape.in_height, shape.in_width};
+  const Layout input_layout = layout_from(input_layout_name, "input_layout");
+  if (is_packed) {
+    input.expect_packed(packed_shape(image));
+  } else {
+    input.expect_type(kInputTypes);
+    input.expect_shape(dense_shape(image, input_layout));
+  }
   if (workspace) {
     workspace->expect_bytes(scratch);
   } else if (scratch > 0) {
     fail("workspace: got None, expected a uint8 array of workspace_bytes(...) = ", scratch);
   }
-  prepared.expect_bytes(prepared_weight_bytes(weight, queue));
-  input.expect_packed(
-      packed_shape({shape.batch, weight.in_channels, shape.in_height, shape.in_width}));
   const Epilogue epilogue =
       arguments.to(out, layout_from(layout_name),
                    {shape.batch, weight.out_channels, shape.out_height(), shape.out_width()});
+  void* const memory = workspace ? workspace->data : nullptr;
   nb::gil_scoped_release unlocked;
-  binary_conv2d(shape, input.data, prepared.data, epilogue, out.data,
-                workspace ? workspace->data : nullptr, queue);
+  if (is_packed) {
+    return binary_conv2d(shape, input.data, prepared.data, epilogue, out.data, memory, queue);
+  }
+  const Values values = {input.data, input.type, input_layout, input_threshold.threshold};
+  binary_conv2d(shape, values, prepared.data, epilogue, out.data, memory, queue);
 }
 
 // Where a signed convolution keeps what only it needs: the weight's bits, prepared, and what
@@ -534,12 +554,13 @@ void bind_queries(nb::module_& m) {
       "Bytes of prepared weights on the CPU (device None) or on the CUDA device of that ordinal.");
   m.def(
       "workspace_bytes",
-      [](const Conv2dShape& shape, std::optional<int> device, OptionalThreads threads,
+      [](const Conv2dShape& shape, bool values, std::optional<int> device, OptionalThreads threads,
          const OptionalKernel& kernel) {
-        return workspace_bytes(shape, queue_for(Device{device}, threads, c_str(kernel)));
+        const Queue queue = queue_for(Device{device}, threads, c_str(kernel));
+        return values ? values_workspace_bytes(shape, queue) : workspace_bytes(shape, queue);
       },
-      "shape"_a, nb::kw_only(), "device"_a = nb::none(), "threads"_a = nb::none(),
-      "kernel"_a = nb::none(),
+      "shape"_a, nb::kw_only(), "values"_a = false, "device"_a = nb::none(),
+      "threads"_a = nb::none(), "kernel"_a = nb::none(),
       "Bytes of scratch memory for binary_conv2d with the same threads and kernel.");
   m.def(
       "sign_conv2d_bytes",
@@ -593,8 +614,9 @@ NB_MODULE(_binconv, m) {
         "out"_a.none(), nb::kw_only(), "layout"_a = "nhwc", "clamp"_a = false,
         "scale"_a = nb::none(), "bias"_a = nb::none(), "residual"_a = nb::none(),
         "activation"_a = nb::none(), "threshold"_a = nb::none(), "threshold_below"_a = nb::none(),
-        "bits"_a = nb::none(), "workspace"_a = nb::none(), "stream"_a = nb::none(),
-        "threads"_a = nb::none(), "kernel"_a = nb::none());
+        "bits"_a = nb::none(), "workspace"_a = nb::none(), "input_layout"_a = "nhwc",
+        "input_threshold"_a = nb::none(), "stream"_a = nb::none(), "threads"_a = nb::none(),
+        "kernel"_a = nb::none());
   m.def("sign_conv2d", sign_conv2d, "shape"_a, "x"_a.none(), "weight"_a.none(), "bits"_a.none(),
         "out"_a.none(), "scratch"_a.none(), nb::kw_only(), "layout"_a = "nchw",
         "weight_layout"_a = "nchw", "threshold"_a = nb::none(), "inside"_a = nb::none(),

@@ -72,6 +72,17 @@ void check_epilogue(const Epilogue& epilogue, int64_t batch) {
   check_bits(epilogue, batch);
 }
 
+void check_operands(const void* prepared_weight, const Epilogue& epilogue, const void* output) {
+  check_pointer("prepared_weight", prepared_weight, kPackedAlignment);
+  check_pointer(
+      "output", output,
+      epilogue.out_type == DataType::kBits ? kPackedAlignment : element_bytes(epilogue.out_type));
+}
+
+ImageShape in_image(const Conv2dShape& shape) {
+  return {shape.batch, shape.weight.in_channels, shape.in_height, shape.in_width};
+}
+
 const Kernel& checked_kernel(const Conv2dShape& shape, const Queue& queue) {
   check_conv2d(shape);
   return select_kernel(shape, target_of(queue), queue.kernel());
@@ -113,15 +124,39 @@ void binary_conv2d(const Conv2dShape& shape, const void* input, const void* prep
   check_epilogue(epilogue, shape.batch);
   if (shape.batch == 0) return;
   check_pointer("input", input, kPackedAlignment);
-  check_pointer("prepared_weight", prepared_weight, kPackedAlignment);
-  check_pointer(
-      "output", output,
-      epilogue.out_type == DataType::kBits ? kPackedAlignment : element_bytes(epilogue.out_type));
+  check_operands(prepared_weight, epilogue, output);
   if (kernel.workspace_bytes(shape, queue) > 0)
     check_pointer("workspace", workspace, kPackedAlignment);
   kernel.launch({shape, static_cast<const uint8_t*>(input),
                  static_cast<const uint8_t*>(prepared_weight), epilogue, output, workspace},
                 queue);
+}
+
+int64_t values_workspace_bytes(const Conv2dShape& shape, const Queue& queue) {
+  return workspace_bytes(shape, queue) + packed_image_bytes(in_image(shape));
+}
+
+void binary_conv2d(const Conv2dShape& shape, const Values& x, const void* prepared_weight,
+                   const Epilogue& epilogue, void* output, void* workspace, const Queue& queue) {
+  const Kernel& kernel = checked_kernel(shape, queue);
+  check_epilogue(epilogue, shape.batch);
+  check_type("type", x.type,
+             {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16, DataType::kInt8});
+  check_layout("layout", x.layout);
+  if (shape.batch == 0) return;
+  check_pointer("x", x.data, element_bytes(x.type));
+  check_optional("threshold", x.threshold.per_channel);
+  check_operands(prepared_weight, epilogue, output);
+  check_pointer("workspace", workspace, kPackedAlignment);
+  uint8_t* const packed = static_cast<uint8_t*>(workspace);
+  const ImageShape image = in_image(shape);
+  const Conv2dArgs args = {shape,    packed, static_cast<const uint8_t*>(prepared_weight),
+                           epilogue, output, packed + packed_image_bytes(image)};
+  if (kernel.takes_values && kernel.takes_values(shape, x)) {
+    return kernel.launch_values(args, x, queue);
+  }
+  pack_bits(image, x.data, x.type, x.layout, x.threshold, packed, queue);
+  kernel.launch(args, queue);
 }
 
 const char* kernel_name(const Conv2dShape& shape, const Queue& queue) {

@@ -41,6 +41,10 @@ struct Kernel {
   void (*prepare)(const WeightShape&, const uint8_t* packed, uint8_t* prepared, const Queue&);
   int64_t (*workspace_bytes)(const Conv2dShape&, const Queue&);
   void (*launch)(const Conv2dArgs&, const Queue&);
+  // Null, or for some convolutions of values, whose bits then go through no memory: the input of
+  // the arguments is not read.
+  bool (*takes_values)(const Conv2dShape&, const Values&) = nullptr;
+  void (*launch_values)(const Conv2dArgs&, const Values&, const Queue&) = nullptr;
 };
 
 inline bool accepts_any_shape(const Conv2dShape&) { return true; }

@@ -149,11 +149,15 @@ def prepare_weight(
 def workspace_bytes(
     shape: Conv2dShape,
     *,
+    values: bool = False,
     device: int | None = None,
     threads: int | None = None,
     kernel: str | None = None,
 ) -> int:
-    """Bytes of scratch memory for binary_conv2d with the same threads and kernel; often 0."""
+    """Bytes of scratch memory for binary_conv2d with the same threads and kernel.
+
+    values: whether its input will be values; if not, often 0.
+    """
 
 def binary_conv2d(
     shape: Conv2dShape,
@@ -171,6 +175,8 @@ def binary_conv2d(
     threshold_below: Array | None = None,
     bits: Array | None = None,
     workspace: Array | None = None,
+    input_layout: Layout = "nhwc",
+    input_threshold: float | Array | None = None,
     stream: int | None = None,
     threads: int | None = None,
     kernel: str | None = None,
@@ -180,7 +186,9 @@ def binary_conv2d(
     That is y = activation(fma(acc, scale, bias) + residual) in float32, where every sum and product
     but the fma is rounded by itself.
 
-    input: uint8 (N, H, W, packed_bytes(C)).
+    input: uint8 (N, H, W, packed_bytes(C)); or values, of which the bits are taken that pack_bits
+        would make: float32, float16, bfloat16 or int8, (N, H, W, C), for input_layout "nchw" (N, C,
+        H, W). They are packed to the workspace or, where a kernel can, as they are loaded.
     prepared_weight: from prepare_weight, with the same kernel.
     out: its dtype says what is written: int32 acc itself, which is exact; float32, float16 or
         bfloat16 y, computed in float32 and rounded once; uint8 the packed bits of y >= threshold.
@@ -195,7 +203,8 @@ def binary_conv2d(
     threshold_below: uint8 or bool (O,): the bit is y <= threshold where it is not zero.
     bits: uint8 (N, OH, OW, packed_bytes(O)), beside a float out: also gets the bits of y, taken
         before y is rounded to out's dtype.
-    workspace: uint8, one dimension of at least workspace_bytes(shape).
+    workspace: uint8, one dimension of at least workspace_bytes(shape, values=...).
+    input_threshold: of values, as threshold in pack_bits.
     kernel: a name from available_kernels(), instead of the best one for the shape.
     """
 

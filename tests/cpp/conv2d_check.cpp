@@ -122,6 +122,56 @@ float draw_threshold(Random& random, float y) {
   }
 }
 
+// Values that a type has, on both sides of every threshold that draw_value_threshold gives.
+std::vector<float> draw_values(Random& random, DataType type) {
+  const bool is_int8 = type == DataType::kInt8;
+  std::vector<float> values = {-128, 127};
+  if (!is_int8) values = {kInfinity, -kInfinity, kNaN, -kNaN, -0.0f, 1e-41f, -1e-41f, 3e38f};
+  values.insert(values.end(), {0, 1, 0.5f, -1, 0.25f});
+  while (values.size() < 64) {
+    const bool is_near = random.one_in(2);
+    values.push_back(is_near ? random.uniform(-2.0f, 2.0f) : random.uniform(-128.0f, 127.0f));
+  }
+  const std::vector<uint8_t> encoded = reference::encode(type, values);
+  for (size_t i = 0; i < values.size(); ++i) values[i] = reference::load(type, encoded.data(), i);
+  return values;
+}
+
+// On or just beside values that occur.
+float draw_value_threshold(Random& random, DataType type, const std::vector<float>& values) {
+  if (random.one_in(2)) return random.pick({0.0f, 0.5f, -1.0f});
+  if (type == DataType::kInt8) return static_cast<float>(random.between(-255, 254)) / 2;
+  float near;
+  do near = values[random.between(0, std::ssize(values) - 1)];
+  while (std::isnan(near));
+  return random.one_in(2) ? near : std::nextafter(near, random.pick({kInfinity, -kInfinity}));
+}
+
+// A dense image of some of the choices, whose bits are those of a packed image.
+std::vector<uint8_t> encode_bits(Random& random, const ImageShape& image,
+                                 const std::vector<uint8_t>& packed, DataType type, Layout layout,
+                                 const std::vector<float>& choices,
+                                 const std::vector<float>& thresholds) {
+  const std::vector<uint8_t> encoded = reference::encode(type, choices);
+  const int64_t bytes = reference::element_bytes(type);
+  const int64_t pixel_bytes = reference::pixel_bytes(image.channels);
+  std::vector<uint8_t> array(reference::element_count(image) * bytes);
+  for (int64_t pixel = 0; pixel < image.batch * image.height * image.width; ++pixel) {
+    for (int64_t c = 0; c < image.channels; ++c) {
+      const float threshold = thresholds[thresholds.size() == 1 ? 0 : c];
+      const int bit = (packed[pixel * pixel_bytes + c / 8] >> (c % 8)) & 1;
+      int64_t choice;
+      do choice = random.between(0, std::ssize(choices) - 1);
+      while (reference::bit(choices[choice], threshold, false) != bit);
+      const int64_t index =
+          reference::offset(image, layout, pixel / (image.height * image.width), c,
+                            pixel / image.width % image.height, pixel % image.width);
+      std::memcpy(&array[index * bytes], &encoded[choice * bytes], bytes);
+    }
+  }
+  return array;
+}
+
 std::string channel_and_pixel(const ImageShape& output, int64_t pixel, int64_t o) {
   std::ostringstream text;
   text << "output [n = " << pixel / (output.height * output.width) << "][o = " << o
@@ -218,6 +268,26 @@ Conv2dShape random_shape(Random& random) {
   }
 }
 
+Conv2dShape random_pointwise_shape(Random& random) {
+  constexpr int64_t kMaxWork = 6'000'000;
+  for (;;) {
+    Conv2dShape s;
+    s.batch = random.between(1, 4);
+    s.in_height = random.between(1, random.one_in(4) ? 60 : 15);
+    s.in_width = random.between(1, random.one_in(4) ? 60 : 15);
+    s.weight.in_channels = random.one_in(4) ? random.between(1, 400)
+                                            : 8 * random.between(1, random.one_in(3) ? 100 : 24);
+    s.weight.out_channels =
+        random.one_in(2) ? random.between(1, 300)
+                         : random.pick<int64_t>({1, 7, 8, 32, 33, 64, 65, 96, 128, 129, 256, 513});
+    s.weight.kernel_height = s.weight.kernel_width = 1;
+    s.stride_height = random.between(1, 3);
+    s.stride_width = random.one_in(3) ? random.between(1, 3) : s.stride_height;
+    const int64_t outputs = reference::element_count(reference::output_shape(s));
+    if (outputs * s.weight.in_channels <= kMaxWork) return s;
+  }
+}
+
 EpilogueCase random_epilogue(Random& random) {
   EpilogueCase e;
   e.out_type = random.pick({DataType::kInt32, DataType::kFloat32, DataType::kFloat16,
@@ -298,11 +368,17 @@ Run::Run(const Problem& problem, const Queue& queue, std::shared_ptr<Buffer> pre
       prepared_(std::move(prepared)),
       input_(queue, problem.packed_input(), 16, placement) {}
 
-void Run::launch(const Epilogue& epilogue, const Buffer& output) const {
-  const int64_t bytes = workspace_bytes(problem_.shape(), queue_);
+void Run::launch(const Epilogue& epilogue, const Buffer& output, const Values* x) const {
+  const Conv2dShape& shape = problem_.shape();
+  const int64_t bytes = x ? values_workspace_bytes(shape, queue_) : workspace_bytes(shape, queue_);
   const Buffer workspace(queue_, bytes, 16, placement_);
-  binary_conv2d(problem_.shape(), input_.data(), prepared_->data(), epilogue, output.data(),
-                bytes == 0 ? nullptr : workspace.data(), queue_);
+  void* const scratch = bytes == 0 ? nullptr : workspace.data();
+  if (x) {
+    binary_conv2d(shape, *x, prepared_->data(), epilogue, output.data(), scratch, queue_);
+  } else {
+    binary_conv2d(shape, input_.data(), prepared_->data(), epilogue, output.data(), scratch,
+                  queue_);
+  }
   output.check_guards("output");
   workspace.check_guards("workspace");
   input_.check_unchanged("input");
@@ -441,7 +517,9 @@ struct Run::Operands {
   std::vector<std::unique_ptr<Buffer>> floats;
 };
 
-void Run::check(const EpilogueCase& which) const {
+void Run::check(const EpilogueCase& which) const { check(which, nullptr); }
+
+void Run::check(const EpilogueCase& which, const Values* x) const {
   const Context context(describe(which));
   const ImageShape& out = problem_.output();
   const Numbers numbers = draw(which);
@@ -458,11 +536,41 @@ void Run::check(const EpilogueCase& which) const {
                       placement_);
   const Buffer bits(queue_, which.bits_beside ? packed_bytes : 0, 16, placement_);
   if (which.bits_beside) epilogue.bits = bits.data();
-  launch(epilogue, output);
+  launch(epilogue, output, x);
   bits.check_guards("bits");
   operands.check_unchanged();
   if (which.writes_bits()) check_bits(which, y, numbers, (is_bits ? output : bits).read());
   if (!is_bits) check_elements(which, y, output.read());
+}
+
+void Run::check_values(const EpilogueCase& which, DataType type, Layout layout,
+                       bool per_channel) const {
+  Random random(problem_.seed() + 29);
+  const ImageShape image = input_image(problem_.shape());
+  const std::vector<float> choices = draw_values(random, type);
+  std::vector<float> thresholds(per_channel ? image.channels : 1);
+  for (float& threshold : thresholds) threshold = draw_value_threshold(random, type, choices);
+  const int64_t element_bytes = reference::element_bytes(type);
+  const int64_t alignment = random.one_in(2) ? element_bytes : 64;
+  const std::vector<uint8_t> values =
+      encode_bits(random, image, problem_.packed_input(), type, layout, choices, thresholds);
+
+  const Buffer x(queue_, values, alignment, placement_);
+  const Buffer per_channel_thresholds(queue_, thresholds, 4, placement_);
+  std::ostringstream text;
+  text.precision(9);
+  text << "values of " << type_name(type) << (layout == Layout::kNHWC ? " in NHWC" : " in NCHW")
+       << (placement_ == Placement::kOffEnd && alignment < 64 ? ", off a vector's alignment" : "");
+  per_channel ? text << ", a threshold per channel" : text << ", threshold " << thresholds[0];
+  const Context context(text.str());
+  const Values taken{.data = x.data(),
+                     .type = type,
+                     .layout = layout,
+                     .threshold = {per_channel ? kNaN : thresholds[0],
+                                   per_channel ? per_channel_thresholds.as<float>() : nullptr}};
+  check(which, &taken);
+  x.check_unchanged("x");
+  per_channel_thresholds.check_unchanged("threshold of x");
 }
 
 void Run::check_elements(const EpilogueCase& which, const std::vector<float>& y,
@@ -534,15 +642,36 @@ void Run::check_bits(const EpilogueCase& which, const std::vector<float>& y, con
   }
 }
 
-void check_on_every_kernel(const Problem& problem, const std::vector<EpilogueCase>& epilogues) {
+void run_on_every_kernel(const Problem& problem, const std::function<void(const Run&)>& body,
+                         Placement placement) {
   const Context shape_context(describe(problem.shape()));
   for (const Queue& queue : kernel_queues(problem.shape())) {
     const Context queue_context(describe(queue));
-    run_guarded([&] {
-      const Run run(problem, queue);
-      for (const EpilogueCase& epilogue : epilogues) run.check(epilogue);
-    });
+    run_guarded([&] { body(Run(problem, queue, placement)); });
   }
+}
+
+void check_on_every_kernel(const Problem& problem, const std::vector<EpilogueCase>& epilogues) {
+  run_on_every_kernel(problem, [&](const Run& run) {
+    for (const EpilogueCase& epilogue : epilogues) run.check(epilogue);
+  });
+}
+
+void check_random_values(const Problem& problem, const Queue& queue, uint64_t seed) {
+  Random random(seed + 41);
+  const auto placement = random.pick({Placement::kStart, Placement::kEnd, Placement::kOffEnd});
+  const DataType type =
+      random.pick({DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16, DataType::kInt8});
+  const Layout layout = random.pick({Layout::kNHWC, Layout::kNHWC, Layout::kNCHW});
+  const bool per_channel = random.one_in(2);
+  const EpilogueCase epilogue = random_epilogue(random);
+  const auto check = [&](const Problem& checked) {
+    Run(checked, queue, placement).check_values(epilogue, type, layout, per_channel);
+  };
+  if (!random.one_in(3)) return check(problem);
+  const Problem pointwise(random_pointwise_shape(random), seed);
+  const Context context(describe(pointwise.shape()));
+  if (takes(queue, pointwise.shape())) check(pointwise);
 }
 
 }  // namespace binconv::test

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -47,6 +48,7 @@ struct EpilogueCase {
 std::string describe(const EpilogueCase& epilogue);
 
 Conv2dShape random_shape(Random& random);
+Conv2dShape random_pointwise_shape(Random& random);  // 1x1, without padding and groups.
 EpilogueCase random_epilogue(Random& random);
 
 // A shape with its values and the exact sums of the outputs that are checked: all of them, unless
@@ -98,6 +100,11 @@ class Run {
   // nothing else was written.
   void check(const EpilogueCase& epilogue) const;
 
+  // The same for values of a type, of which many are equal to their threshold or special, and whose
+  // bits are the problem's input.
+  void check_values(const EpilogueCase& epilogue, DataType type, Layout layout,
+                    bool per_channel) const;
+
   // One call for the sums, without a check.
   std::vector<uint8_t> sums() const;
 
@@ -112,7 +119,9 @@ class Run {
                       const std::vector<uint8_t>& output) const;
   void check_bits(const EpilogueCase& which, const std::vector<float>& y, const Numbers& numbers,
                   const std::vector<uint8_t>& output) const;
-  void launch(const Epilogue& epilogue, const Buffer& output) const;
+  // With values or, where they are null, with packed input.
+  void check(const EpilogueCase& epilogue, const Values* x) const;
+  void launch(const Epilogue& epilogue, const Buffer& output, const Values* x = nullptr) const;
 
   const Problem& problem_;
   Queue queue_;
@@ -122,7 +131,13 @@ class Run {
 };
 
 // The problem on every kernel of the chosen device that takes it.
+void run_on_every_kernel(const Problem& problem, const std::function<void(const Run&)>& body,
+                         Placement placement = Placement::kEnd);
 void check_on_every_kernel(const Problem& problem,
                            const std::vector<EpilogueCase>& epilogues = {{}});
+
+// check_values of the problem, or one time in three of a 1x1 convolution, with everything that it
+// is asked for drawn from the seed.
+void check_random_values(const Problem& problem, const Queue& queue, uint64_t seed);
 
 }  // namespace binconv::test

@@ -269,7 +269,14 @@ TEST(Conv2d, RandomShapesMatchReference) {
   for (uint64_t seed = 0; seed < 250; ++seed) {
     Random random(seed);
     const Conv2dShape shape = random_shape(random);
-    check_on_every_kernel(Problem(shape, seed), {{}, random_epilogue(random)});
+    const Problem problem(shape, seed);
+    check_on_every_kernel(problem, {{}, random_epilogue(random)});
+    if (!random.one_in(2)) continue;
+    const Context context(describe(shape));
+    for (const Queue& queue : kernel_queues(shape)) {
+      const Context queue_context(describe(queue));
+      run_guarded([&] { check_random_values(problem, queue, seed); });
+    }
   }
 }
 

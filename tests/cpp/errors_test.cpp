@@ -48,6 +48,23 @@ struct Call {
   const float* floats = floats_buffer.as<float>();
 };
 
+// The same for a call on values.
+struct ValuesCall : Call {
+  explicit ValuesCall(const Queue& q)
+      : Call(q), values_workspace_buffer(q, values_workspace_bytes(shape, q), 16) {
+    workspace = values_workspace_buffer.data();
+  }
+
+  void run() const { binary_conv2d(shape, x, prepared, epilogue, output, workspace, queue); }
+  void check_nothing_was_written() const {
+    Call::check_nothing_was_written();
+    values_workspace_buffer.check_untouched("workspace");
+  }
+
+  Buffer values_workspace_buffer;
+  Values x{.data = floats};
+};
+
 const void* beyond(const void* pointer, int64_t bytes) {
   return static_cast<const uint8_t*>(pointer) + bytes;
 }
@@ -55,19 +72,23 @@ void* beyond(void* pointer, int64_t bytes) { return static_cast<uint8_t*>(pointe
 
 std::string text(int64_t value) { return std::to_string(value); }
 
-// binary_conv2d, workspace_bytes and kernel_name take the same shapes.
+// binary_conv2d, the sizes of its workspace and kernel_name take the same shapes.
 void check_shape_error(const Queue& queue, const Conv2dShape& shape,
                        const std::vector<std::string>& words) {
   Call call(queue);
-  call.shape = shape;
+  ValuesCall values(queue);
+  call.shape = values.shape = shape;
   const Context context(describe(shape));
   const auto check = [&](const char* what, const std::function<void()>& body) {
     check_error(__FILE__, __LINE__, what, body, kInvalid, words);
   };
   check("binary_conv2d", [&] { call.run(); });
   check("workspace_bytes", [&] { workspace_bytes(shape, queue); });
+  check("binary_conv2d of values", [&] { values.run(); });
+  check("values_workspace_bytes", [&] { values_workspace_bytes(shape, queue); });
   check("kernel_name", [&] { kernel_name(shape, queue); });
   call.check_nothing_was_written();
+  values.check_nothing_was_written();
 }
 
 void check_weight_error(const Queue& queue, const WeightShape& shape,
@@ -133,6 +154,10 @@ TEST(ErrorsQueue, CudaQueueIsNotSupportedByACpuBuild) {
   CHECK_ERROR(kernel_name(shape, cuda), Status::kNotSupported, "queue", "CUDA");
   CHECK_ERROR(binary_conv2d(shape, a.data(), a.data(), {}, b.data(), b.data(), cuda),
               Status::kNotSupported, "queue", "CUDA");
+  CHECK_ERROR(values_workspace_bytes(shape, cuda), Status::kNotSupported, "queue", "CUDA");
+  CHECK_ERROR(
+      binary_conv2d(shape, Values{.data = a.data()}, a.data(), {}, b.data(), b.data(), cuda),
+      Status::kNotSupported, "queue", "CUDA");
   const ImageShape image{1, 3, 2, 2};
   CHECK_ERROR(pack_bits(image, a.data(), DataType::kInt8, Layout::kNCHW, {}, b.data(), cuda),
               Status::kNotSupported, "queue", "CUDA");
@@ -698,6 +723,7 @@ TEST(ErrorsConv2d, EveryShapeIsRejectedOrHasSizes) {
       try {
         CHECK(prepared_weight_bytes(s.weight, queue) >= s.weight.out_channels);
         CHECK(workspace_bytes(s, queue) >= 0);
+        CHECK(values_workspace_bytes(s, queue) >= workspace_bytes(s, queue));
         CHECK(*kernel_name(s, queue) != '\0');
         ++accepted;
       } catch (const Error& error) {
@@ -708,6 +734,115 @@ TEST(ErrorsConv2d, EveryShapeIsRejectedOrHasSizes) {
     }
   }
   CHECK(accepted > 100);
+}
+
+TEST(ValuesErrors, WrongTypesAndLayoutsAreRejected) {
+  for (const Queue& queue : queues()) {
+    ValuesCall call(queue);
+    const auto run = [&](DataType type, Layout layout) {
+      call.x.type = type;
+      call.x.layout = layout;
+      call.run();
+    };
+    for (int64_t batch : {1, 0}) {
+      call.shape.batch = batch;
+      CHECK_ERROR(run(DataType::kInt32, Layout::kNHWC), kInvalid, "type", "int32", "float16");
+      CHECK_ERROR(run(DataType::kBits, Layout::kNHWC), kInvalid, "type", "bits", "float16");
+      CHECK_ERROR(run(static_cast<DataType>(99), Layout::kNHWC), kInvalid, "type", "unknown");
+      CHECK_ERROR(run(DataType::kFloat16, static_cast<Layout>(7)), kInvalid, "layout", "7");
+    }
+    call.check_nothing_was_written();
+  }
+}
+
+TEST(ValuesErrors, BadPointersAreRejected) {
+  for (const Queue& queue : kernel_queues()) {
+    const Context context(describe(queue));
+    for (int64_t kernel : {1, 3}) {
+      ValuesCall call(queue);
+      call.shape.weight.kernel_height = call.shape.weight.kernel_width = kernel;
+      const int64_t pad = kernel / 2;
+      call.shape.pad_top = call.shape.pad_left = call.shape.pad_bottom = call.shape.pad_right = pad;
+      const auto of = [&](const void* data, DataType type, const void* thresholds = nullptr) {
+        call.x = {
+            .data = data, .type = type, .threshold = {0.0f, static_cast<const float*>(thresholds)}};
+        call.run();
+      };
+      const void* const data = call.floats;
+      CHECK_ERROR(of(nullptr, DataType::kInt8), kInvalid, "x", "null");
+      CHECK_ERROR(of(beyond(data, 2), DataType::kFloat32), kInvalid, "x", "multiple of 4");
+      CHECK_ERROR(of(beyond(data, 1), DataType::kFloat16), kInvalid, "x", "multiple of 2");
+      CHECK_ERROR(of(beyond(data, 1), DataType::kBFloat16), kInvalid, "x", "multiple of 2");
+      for (DataType type : {DataType::kFloat32, DataType::kInt8}) {
+        CHECK_ERROR(of(data, type, beyond(data, 2)), kInvalid, "threshold", "multiple of 4");
+      }
+      call.x = {.data = data};
+
+      const auto with = [&](const void* prepared, void* output, void* workspace) {
+        binary_conv2d(call.shape, call.x, prepared, {}, output, workspace, queue);
+      };
+      CHECK_ERROR(with(nullptr, call.output, call.workspace), kInvalid, "prepared_weight", "null");
+      CHECK_ERROR(with(beyond(call.prepared, 8), call.output, call.workspace), kInvalid,
+                  "prepared_weight", "multiple of 16");
+      CHECK_ERROR(with(call.prepared, nullptr, call.workspace), kInvalid, "output", "null");
+      CHECK_ERROR(with(call.prepared, beyond(call.output, 2), call.workspace), kInvalid, "output",
+                  "multiple of 4");
+      CHECK_ERROR(with(call.prepared, call.output, nullptr), kInvalid, "workspace", "null");
+      for (int offset : {1, 4, 8}) {
+        CHECK_ERROR(with(call.prepared, call.output, beyond(call.workspace, offset)), kInvalid,
+                    "workspace", "multiple of 16");
+      }
+      call.check_nothing_was_written();
+    }
+  }
+}
+
+TEST(ValuesErrors, BadEpiloguesAreRejected) {
+  for (const Queue& queue : queues()) {
+    ValuesCall call(queue);
+    const auto run = [&](const Epilogue& epilogue) {
+      call.epilogue = epilogue;
+      call.run();
+    };
+    const float* const floats = call.floats;
+    CHECK_ERROR(run({.out_type = DataType::kInt8}), kInvalid, "out_type", "int8");
+    CHECK_ERROR(run({.out_type = DataType::kInt32, .scale = floats}), kInvalid, "scale", "int32");
+    CHECK_ERROR(run({.threshold = {0.0f, floats}}), kInvalid, "threshold", "bits");
+    CHECK_ERROR(run({.out_type = DataType::kBits, .out_layout = Layout::kNCHW}), kInvalid,
+                "out_layout", "NHWC");
+    CHECK_ERROR(run({.activation = {.slope = floats}}), kInvalid, "slope", "enabled");
+    CHECK_ERROR(run({.bits = beyond(call.bits_buffer.data(), 8)}), kInvalid,
+                "bits:", "multiple of 16");
+    call.check_nothing_was_written();
+  }
+}
+
+TEST(ValuesErrors, UnknownKernelNameIsRejected) {
+  for (const Queue& base : queues()) {
+    ValuesCall call(base);
+    call.queue = base.with_kernel("no_such_kernel");
+    CHECK_ERROR(call.run(), kInvalid, "kernel", "no_such_kernel");
+    CHECK_ERROR(values_workspace_bytes(call.shape, call.queue), kInvalid, "kernel",
+                "no_such_kernel");
+    call.check_nothing_was_written();
+  }
+}
+
+// Their bits would fit.
+TEST(ValuesErrors, ValuesOf2To63BytesAreRejected) {
+  for (const Queue& queue : queues()) {
+    ValuesCall call(queue);
+    call.shape = {
+        .batch = 1,
+        .in_height = 1 << 27,
+        .in_width = 1 << 27,
+        .weight = {.out_channels = 8, .in_channels = 128, .kernel_height = 1, .kernel_width = 1},
+        .stride_height = 1 << 27,
+        .stride_width = 1 << 27};
+    CHECK_ERROR(call.run(), kInvalid, "64 bits", text(1 << 27));
+    CHECK_ERROR(values_workspace_bytes(call.shape, queue), kInvalid, "64 bits", text(1 << 27));
+    call.check_nothing_was_written();
+  }
 }
 
 }  // namespace binconv::test

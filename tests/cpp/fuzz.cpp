@@ -21,6 +21,7 @@ void fuzz_one(uint64_t seed) {
   const Problem problem(shape, seed);
   const auto placement = random.pick({Placement::kStart, Placement::kEnd, Placement::kOffEnd});
   const EpilogueCase first = random_epilogue(random), second = random_epilogue(random);
+  const bool with_values = random.one_in(2);
   for (const binconv::Queue& queue : kernel_queues(shape)) {
     const Context queue_context(describe(queue));
     run_guarded([&] {
@@ -28,6 +29,7 @@ void fuzz_one(uint64_t seed) {
       run.check({});
       run.check(first);
       run.check(second);
+      if (with_values) check_random_values(problem, queue, seed);
     });
   }
 }

@@ -116,21 +116,43 @@ EpilogueCase common_epilogue(Random& random) {
   return e;
 }
 
+std::string describe(const char* kernel, uint64_t seed, const Conv2dShape& shape) {
+  return std::string(kernel) + ", seed " + std::to_string(seed) + ": " + test::describe(shape) +
+         ", on " + std::to_string(device().multiprocessors) + " multiprocessors with " +
+         std::to_string(device().shared_bytes) + " bytes of shared memory" +
+         (device().draws_plans ? ", any plan" : "");
+}
+
 }  // namespace
 
 void check_random_conv2d(const char* kernel, uint64_t seed) {
   Random random(seed);
   device() = random_device(random, seed);
   const Conv2dShape shape = shape_for(kernel, random);
-  const Context context(std::string(kernel) + ", seed " + std::to_string(seed) + ": " +
-                        describe(shape) + ", on " + std::to_string(device().multiprocessors) +
-                        " multiprocessors with " + std::to_string(device().shared_bytes) +
-                        " bytes of shared memory" + (device().draws_plans ? ", any plan" : ""));
+  const Context context(describe(kernel, seed, shape));
+  run_guarded([&] {
+    const Problem problem = random_problem(random, shape, seed);
+    const auto placement = random.pick({Placement::kStart, Placement::kEnd, Placement::kOffEnd});
+    const Queue queue = queues()[0].with_kernel(kernel);
+    const Run run(problem, queue, placement);
+    run.check(random.one_in(2) ? common_epilogue(random) : random_epilogue(random));
+    if (random.one_in(2)) check_random_values(problem, queue, seed);
+  });
+}
+
+void check_random_pointwise(const char* kernel, uint64_t seed) {
+  Random random(seed);
+  device() = random_device(random, seed);
+  const Conv2dShape shape = random_pointwise_shape(random);
+  const Context context(describe(kernel, seed, shape));
   run_guarded([&] {
     const Problem problem = random_problem(random, shape, seed);
     const auto placement = random.pick({Placement::kStart, Placement::kEnd, Placement::kOffEnd});
     const Run run(problem, queues()[0].with_kernel(kernel), placement);
-    run.check(random.one_in(2) ? common_epilogue(random) : random_epilogue(random));
+    const DataType type =
+        random.pick({DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16});
+    run.check_values(random.one_in(2) ? common_epilogue(random) : random_epilogue(random), type,
+                     Layout::kNHWC, random.one_in(2));
   });
 }
 

@@ -109,6 +109,12 @@ TEST(EmulatedSm90, RandomShapesMatchReference) {
   CHECK(plan_counts().resident_32 > 0);
 }
 
+TEST(EmulatedPointwise, RandomShapesMatchReference) {
+  for (int seed = 1; seed <= 60; ++seed) {
+    for (const char* kernel : {"cuda_sm80", "cuda_sm90"}) check_random_pointwise(kernel, seed);
+  }
+}
+
 // Of any float as well as of those that networks have.
 float draw_term(Random& random) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();

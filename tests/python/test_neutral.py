@@ -928,6 +928,39 @@ def test_cpu_only_build_has_no_cuda_kernels():
 
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", VALUE_TYPES)
+@pytest.mark.parametrize("threshold", [None, 0.5, "channels"])
+@pytest.mark.parametrize(("channels", "kernel", "padding"), [(13, 3, 1), (64, 1, 0), (136, 1, 0)])
+def test_convolution_of_values_with_a_prepared_weight(
+    fuzz_seed, layout, dtype, threshold, channels, kernel, padding
+):
+    rng = np.random.default_rng(fuzz_seed)
+    x = (rng.integers(-8, 9, (3, channels, 7, 6)) / 2).astype(dtype)
+    w = signs(rng, 12, channels, kernel, kernel)
+    if threshold == "channels":
+        threshold = (rng.integers(-4, 5, channels) / 2).astype(np.float32)
+    shape = conv_shape(x, w, stride=(2, 1), padding=(padding,) * 4, pad_value=1)
+    workspace = Guarded((binconv.workspace_bytes(shape, values=True),), np.uint8)
+    out = Guarded((3, shape.out_height, shape.out_width, 12), np.int32)
+    binconv.binary_conv2d(
+        shape,
+        nhwc(x) if layout == "nhwc" else x,
+        prepare(w, shape),
+        out.array,
+        workspace=workspace.array,
+        input_layout=layout,
+        input_threshold=threshold,
+    )
+    bits = reference.bits_of(x, 0.0 if threshold is None else threshold)
+    expected = reference.conv2d(
+        np.where(bits, 1, -1), w, stride=(2, 1), padding=(padding,) * 4, pad_value=1
+    )
+    np.testing.assert_array_equal(nchw(out.array), expected)
+    out.assert_guards_intact()
+    workspace.assert_guards_intact()
+
+
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("weight_layout", ["nchw", "nhwc", "prepared"])
 @pytest.mark.parametrize("clips", [False, True])
 @pytest.mark.parametrize("mean_scale", [False, True])
@@ -1370,7 +1403,19 @@ BAD_ARRAYS = [
     ("unpack_bits", {"out": poisoned(2, 16, 5, 5, dtype=np.float64)}, ValueError, "out", "64"),
     ("prepare_weight", {"packed": np.zeros((8, 3, 3, 16), np.int8)}, ValueError, "packed", "int8"),
     ("prepare_weight", {"out": poisoned(99_999, dtype=np.int8)}, ValueError, "out", "int8"),
-    ("binary_conv2d", {"input": np.zeros((2, 5, 5, 16), np.int8)}, ValueError, "input", "int8"),
+    ("binary_conv2d", {"input": np.zeros((2, 5, 5, 16), np.int32)}, ValueError, "input", "int32"),
+    ("binary_conv2d", {"input": floats(2, 16, 5, 5)}, ValueError, "input", "(2, 16, 5, 5)"),
+    (
+        "binary_conv2d",
+        {"input": floats(2, 5, 5, 16), "workspace": None},
+        ValueError,
+        "workspace",
+        "None",
+    ),
+    ("binary_conv2d", {"input_layout": "hwcn"}, ValueError, "input_layout", "hwcn"),
+    ("binary_conv2d", {"input_threshold": 0.5}, ValueError, "input_threshold", "one"),
+    ("binary_conv2d", {"input_threshold": [0.5]}, TypeError, "input_threshold", "list"),
+    ("binary_conv2d", {"input_threshold": floats(8)}, ValueError, "input_threshold", "(8,)"),
     (
         "binary_conv2d",
         {"prepared_weight": np.zeros(99_999, np.float32)},

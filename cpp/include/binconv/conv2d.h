@@ -121,6 +121,23 @@ BINCONV_API void binary_conv2d(const Conv2dShape& shape, const void* input,
                                const void* prepared_weight, const Epilogue& epilogue, void* output,
                                void* workspace, const Queue& queue);
 
+// The input of binary_conv2d as values, of which it takes the bits that pack_bits would make.
+struct Values {
+  const void* data = nullptr;          // Of in_channels; aligned to the element size.
+  DataType type = DataType::kFloat32;  // kFloat32, kFloat16, kBFloat16 or kInt8.
+  Layout layout = Layout::kNHWC;
+  Threshold threshold;  // per_channel: [in_channels]
+};
+
+// Scratch memory for one call of binary_conv2d on values.
+BINCONV_API int64_t values_workspace_bytes(const Conv2dShape& shape, const Queue& queue);
+
+// The same for values: x is packed to the workspace or, where that is faster, as it is loaded.
+// workspace: values_workspace_bytes, 16-byte aligned.
+BINCONV_API void binary_conv2d(const Conv2dShape& shape, const Values& x,
+                               const void* prepared_weight, const Epilogue& epilogue, void* output,
+                               void* workspace, const Queue& queue);
+
 // The kernel that binary_conv2d runs for this shape on this queue, such as "cpu_avx2".
 BINCONV_API const char* kernel_name(const Conv2dShape& shape, const Queue& queue);
 

@@ -3,6 +3,7 @@
 #include <cute/arch/mma_sm80.hpp>
 
 #include "check.h"
+#include "cuda/conv2d_pointwise.h"
 #include "cuda/cuda.h"
 #include "cuda/halo.cuh"
 #include "cuda/launch.cuh"
@@ -365,6 +366,8 @@ const Kernel kConv2dSm80 = {.name = "cuda_sm80",
                             .prepared_bytes = prepared_bytes,
                             .prepare = prepare_weight,
                             .workspace_bytes = no_workspace,
-                            .launch = launch_conv2d};
+                            .launch = launch_conv2d,
+                            .takes_values = pointwise_takes,
+                            .launch_values = launch_pointwise};
 
 }  // namespace binconv::cuda

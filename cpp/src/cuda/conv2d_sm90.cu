@@ -12,6 +12,7 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "check.h"
+#include "cuda/conv2d_pointwise.h"
 #include "cuda/cuda.h"
 #include "cuda/halo.cuh"
 #include "cuda/launch.cuh"
@@ -572,6 +573,8 @@ const Kernel kConv2dSm90 = {.name = "cuda_sm90",
                             .prepared_bytes = prepared_bytes,
                             .prepare = prepare_weight,
                             .workspace_bytes = no_workspace,
-                            .launch = launch_conv2d};
+                            .launch = launch_conv2d,
+                            .takes_values = pointwise_takes,
+                            .launch_values = launch_pointwise};
 
 }  // namespace binconv::cuda

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -238,30 +238,53 @@ def _fused(
     x: Tensor | BitTensor, weight: Tensor | PreparedWeight, sizes: Sizes, epilogue: Epilogue
 ) -> Tensor | BitTensor | tuple[Tensor, BitTensor]:
     scale, bias, residual, clamp, activation, limits, below, dtype, with_bits, last = epilogue
-    x, weight = _packed_operands(x, weight, dtype, sizes)
-    operands = (x.data, weight.data, sizes.packed_geometry, dtype, last, scale, bias, residual)
     activates = (False, None, None, None) if activation is None else (True, *activation)
-    steps = (clamp, *activates, *limits, below)
+    epilogue_arguments = (last, scale, bias, residual, clamp, *activates, *limits, below)
     if with_bits:
-        out, bits = ops.call("packed_conv2d_with_bits", *operands, *steps)
+        x, weight = _packed(x, dtype), _prepared(weight, dtype, sizes)
+        operands = x.data, weight.data, sizes.packed_geometry, dtype
+        out, bits = ops.call("packed_conv2d_with_bits", *operands, *epilogue_arguments)
         return out, BitTensor(bits, weight.shape[0])
-    out = packed_conv2d(*operands, *steps)
+    out = _without_autograd(x, weight, sizes, dtype, *epilogue_arguments)
     return BitTensor(out, weight.shape[0]) if dtype is None else out
 
 
-def _packed_operands(
+def _without_autograd(
     x: Tensor | BitTensor,
     weight: Tensor | PreparedWeight,
-    dtype: torch.dtype | None,
     sizes: Sizes,
-) -> tuple[BitTensor, PreparedWeight]:
-    if isinstance(x, Tensor):
-        _refuse_lost_gradient("x", x, dtype, "a prepared weight")
-        x = BitTensor(ops.call("pack_bits", x, 0.0, None), x.shape[1])
-    if isinstance(weight, Tensor):
-        _refuse_lost_gradient("weight", weight, dtype, "a BitTensor")
-        weight = prepare_weight(weight, sizes.geometry[3])
-    return x, weight
+    dtype: torch.dtype | None,
+    channels_last: bool,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    *steps: Any,
+) -> Tensor:
+    """A convolution that has no gradient of x and weight."""
+    arguments = sizes.packed_geometry, dtype, channels_last, scale, bias, residual, *steps
+    if isinstance(x, BitTensor) or wants_gradient(scale, bias, residual):
+        x, weight = _packed(x, dtype), _prepared(weight, dtype, sizes)
+        return packed_conv2d(x.data, weight.data, *arguments)
+    _refuse_lost_gradient("x", x, dtype, "a prepared weight")
+    weight = _prepared(weight, dtype, sizes)
+    y: Tensor = ops.call("values_conv2d", x, None, weight.data, *arguments)
+    return y
+
+
+def _packed(x: Tensor | BitTensor, dtype: torch.dtype | None) -> BitTensor:
+    if isinstance(x, BitTensor):
+        return x
+    _refuse_lost_gradient("x", x, dtype, "a prepared weight")
+    return BitTensor(ops.call("pack_bits", x, 0.0, None), x.shape[1])
+
+
+def _prepared(
+    weight: Tensor | PreparedWeight, dtype: torch.dtype | None, sizes: Sizes
+) -> PreparedWeight:
+    if isinstance(weight, PreparedWeight):
+        return weight
+    _refuse_lost_gradient("weight", weight, dtype, "a BitTensor")
+    return prepare_weight(weight, sizes.geometry[3])
 
 
 def _need_gradient(x: object, weight: object, epilogue: Epilogue) -> bool:
@@ -283,9 +306,7 @@ def _convolve(
     """A convolution whose operator knows the gradients of everything that it is given."""
     factors = scale, bias, residual
     if isinstance(x, BitTensor) or isinstance(weight, PreparedWeight):
-        x, weight = _packed_operands(x, weight, dtype, sizes)
-        operands = x.data, weight.data, sizes.packed_geometry
-        return packed_conv2d(*operands, dtype, channels_last, *factors)
+        return _without_autograd(x, weight, sizes, dtype, channels_last, *factors)
     if wants_gradient(x, weight, *factors):
         return sign_conv2d(
             x, weight, sizes.geometry, dtype, scale=scale, bias=bias, residual=residual
@@ -299,7 +320,7 @@ def _in_steps(
 ) -> Tensor | tuple[Tensor, BitTensor]:
     """What the fused epilogue computes, to the last bit, in operations that have gradients."""
     if isinstance(x, BitTensor) or isinstance(weight, PreparedWeight):
-        x, weight = _packed_operands(x, weight, torch.float32, sizes)
+        x, weight = _packed(x, torch.float32), _prepared(weight, torch.float32, sizes)
     convolve = functools.partial(_convolve, x, weight, sizes, epilogue.channels_last)
     scale, bias, residual = epilogue.scale, epilogue.bias, epilogue.residual
     y = convolve(scale, bias, residual, torch.float32)

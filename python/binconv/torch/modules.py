@@ -168,7 +168,15 @@ class BinaryConv2d(nn.Conv2d):
             mean_scale = trains and self.weight_scale == "channel"
             prepared, scale = None, None if mean_scale else self._new_scale()
         if isinstance(x, BitTensor):
-            return self._forward_bits(x.data, prepared, scale, bias, torch.float32, True)
+            return packed_conv2d(
+                x.data,
+                self._prepared_or_new(prepared),
+                ops.packed_geometry(self.weight.shape, *self._geometry),
+                torch.float32,
+                True,
+                scale,
+                bias,
+            )
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
         if trains:
@@ -187,8 +195,17 @@ class BinaryConv2d(nn.Conv2d):
                 ste=self.ste,
                 weight_ste=self.weight_ste if leaf is None else IDENTITY,
             )
-        packed = ops.call("pack_bits", x, 0.0, None if shift is None else -shift)
-        return self._forward_bits(packed, prepared, scale, bias, x.dtype, ops.is_channels_last(x))
+        operands = x, None if shift is None else -shift, self._prepared_or_new(prepared)
+        y: Tensor = ops.call(
+            "values_conv2d",
+            *operands,
+            ops.packed_geometry(self.weight.shape, *self._geometry),
+            x.dtype,
+            ops.is_channels_last(x),
+            scale,
+            bias,
+        )
+        return y
 
     def _leaf_of_weight(self) -> Tensor | None:
         if not torch.compiler.is_compiling():  # Which cannot look into the parameter itself.
@@ -198,19 +215,10 @@ class BinaryConv2d(nn.Conv2d):
                 self._leaf = leaf
         return self._leaf
 
-    def _forward_bits(
-        self,
-        packed: Tensor,
-        prepared: Tensor | None,
-        scale: Tensor | None,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        channels_last: bool,
-    ) -> Tensor:
-        if prepared is None:
-            prepared = prepare_weight(self.weight.detach(), self.groups).data
-        geometry = ops.packed_geometry(self.weight.shape, *self._geometry)
-        return packed_conv2d(packed, prepared, geometry, dtype, channels_last, scale, bias)
+    def _prepared_or_new(self, prepared: Tensor | None) -> Tensor:
+        if prepared is not None:
+            return prepared
+        return prepare_weight(self.weight.detach(), self.groups).data
 
     def _check_weight(self) -> None:
         weight = self.weight

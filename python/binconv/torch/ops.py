@@ -28,13 +28,12 @@ _library = torch.library.Library("binconv", "DEF")
 
 _GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups, int pad_value"
 _EPILOGUE = "Tensor? scale, Tensor? bias, Tensor? residual"
-_PACKED_CONV2D = (
-    "(Tensor packed, Tensor prepared, int[14] geometry, "
-    "ScalarType? out_dtype, bool channels_last, "
+_CONV2D = (
+    "Tensor prepared, int[14] geometry, ScalarType? out_dtype, bool channels_last, "
     "Tensor? scale=None, Tensor? bias=None, Tensor? residual=None, "
     "bool clamp=False, bool activation=False, "
     "Tensor? in_shift=None, Tensor? slope=None, Tensor? out_shift=None, "
-    "float threshold=0.0, Tensor? channel_threshold=None, Tensor? threshold_below=None)"
+    "float threshold=0.0, Tensor? channel_threshold=None, Tensor? threshold_below=None"
 )
 
 _library.define("pack_bits(Tensor x, float threshold, Tensor? channel_threshold) -> Tensor")
@@ -45,9 +44,10 @@ _library.define(
     "refresh_weight(Tensor weight, int groups, bool per_channel, Tensor(a!) prepared, "
     "Tensor(b!) scale, Tensor stamp) -> ()"
 )
-_library.define(f"packed_conv2d{_PACKED_CONV2D} -> Tensor")
-_library.define(f"packed_conv2d_no_grad{_PACKED_CONV2D} -> Tensor")
-_library.define(f"packed_conv2d_with_bits{_PACKED_CONV2D} -> (Tensor, Tensor)")
+_library.define(f"packed_conv2d(Tensor packed, {_CONV2D}) -> Tensor")
+_library.define(f"packed_conv2d_no_grad(Tensor packed, {_CONV2D}) -> Tensor")
+_library.define(f"packed_conv2d_with_bits(Tensor packed, {_CONV2D}) -> (Tensor, Tensor)")
+_library.define(f"values_conv2d(Tensor x, Tensor? input_threshold, {_CONV2D}) -> Tensor")
 _library.define(
     f"conv2d(Tensor x, Tensor weight, Tensor? prepared, {_GEOMETRY}, {_EPILOGUE}, "
     "ScalarType out_dtype) -> Tensor"
@@ -359,14 +359,27 @@ def _shape(
     return shape, (batch, geometry[0], shape.out_height, shape.out_width)
 
 
+_Plan = tuple[binconv.Conv2dShape, tuple[int, int, int, int], int]
+
+
 @functools.lru_cache(maxsize=1024)
 def _plan(
     packed_shape: torch.Size, geometry: tuple[int, ...], device: int | None, threads: int | None
-) -> tuple[binconv.Conv2dShape, tuple[int, int, int, int], int]:
+) -> _Plan:
     """What depends on sizes alone: all of them, those of the result, bytes of scratch memory."""
     batch, *in_sizes, _ = packed_shape
     shape, sizes = _shape(batch, in_sizes, geometry)
     return shape, sizes, binconv.workspace_bytes(shape, device=device, threads=threads)
+
+
+@functools.lru_cache(maxsize=1024)
+def _values_plan(
+    x_shape: torch.Size, geometry: tuple[int, ...], device: int | None, threads: int | None
+) -> _Plan:
+    """The same for values."""
+    batch, _, *in_sizes = x_shape
+    shape, sizes = _shape(batch, in_sizes, geometry)
+    return shape, sizes, binconv.workspace_bytes(shape, values=True, device=device, threads=threads)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -376,8 +389,8 @@ def _sign_plan(
     prepared: bool,
     device: int | None,
     threads: int | None,
-) -> tuple[binconv.Conv2dShape, tuple[int, int, int, int], int]:
-    """The same for values, with a weight that is prepared or not."""
+) -> _Plan:
+    """The same for sign_conv2d, with a weight that is prepared or not."""
     batch, _, *in_sizes = x_shape
     shape, sizes = _shape(batch, in_sizes, geometry)
     scratch = binconv.sign_conv2d_bytes(shape, prepared=prepared, device=device, threads=threads)
@@ -388,6 +401,38 @@ def _packed_conv2d(
     packed: Tensor,
     prepared: Tensor,
     geometry: Sequence[int],
+    *others: Any,
+    bits: Tensor | None = None,
+) -> Tensor:
+    queue = _queue(packed)
+    plan = _plan(packed.shape, tuple(geometry), _ordinal(packed), queue["threads"])
+    array = to_dlpack(_bits(packed))
+    return _binary_conv2d(packed, plan, queue, {"input": array}, prepared, *others, bits=bits)
+
+
+def _values_conv2d(
+    x: Tensor,
+    input_threshold: Tensor | None,
+    prepared: Tensor,
+    geometry: Sequence[int],
+    *others: Any,
+) -> Tensor:
+    """The same for the bits x >= input_threshold, 0 if it is not given."""
+    queue = _queue(x)
+    plan = _values_plan(x.shape, tuple(geometry), _ordinal(x), queue["threads"])
+    array, layout = _dense(x)
+    source = {"input": to_dlpack(array), "input_layout": layout}
+    if input_threshold is not None:
+        source["input_threshold"] = to_dlpack(input_threshold)
+    return _binary_conv2d(x, plan, queue, source, prepared, *others)
+
+
+def _binary_conv2d(
+    like: Tensor,
+    plan: _Plan,
+    queue: dict[str, Any],
+    source: dict[str, Any],
+    prepared: Tensor,
     out_dtype: torch.dtype | None,
     channels_last: bool,
     scale: Tensor | None = None,
@@ -404,19 +449,16 @@ def _packed_conv2d(
     *,
     bits: Tensor | None = None,
 ) -> Tensor:
-    queue = _queue(packed)
-    threads = queue["threads"]
-    shape, sizes, scratch = _plan(packed.shape, tuple(geometry), _ordinal(packed), threads)
-    workspace = packed.new_empty(scratch) if scratch else None
-    out = _new_output(sizes, packed, out_dtype, channels_last)
+    shape, sizes, scratch = plan
+    workspace = like.new_empty(scratch, dtype=torch.uint8) if scratch else None
+    out = _new_output(sizes, like, out_dtype, channels_last)
     if residual is not None:
         residual = _in_layout(residual, channels_last).contiguous()
     makes_bits = out_dtype is None or bits is not None
     binconv.binary_conv2d(
         shape,
-        to_dlpack(_bits(packed)),
-        to_dlpack(_bits(prepared)),
-        to_dlpack(out if out_dtype is None else _in_layout(out, channels_last)),
+        prepared_weight=to_dlpack(_bits(prepared)),
+        out=to_dlpack(out if out_dtype is None else _in_layout(out, channels_last)),
         layout="nhwc" if channels_last else "nchw",
         clamp=clamp,
         scale=_array(scale),
@@ -428,7 +470,8 @@ def _packed_conv2d(
         bits=_array(bits),
         workspace=_array(workspace),
         stream=queue["stream"],  # Quicker than **queue.
-        threads=threads,
+        threads=queue["threads"],
+        **source,
     )
     return out
 
@@ -490,6 +533,20 @@ def _fake_packed_conv2d(
 ) -> Tensor:
     sizes = _out_sizes_of_bits(packed, geometry)
     return _new_output(sizes, packed, out_dtype, channels_last)
+
+
+def _fake_values_conv2d(
+    x: Tensor,
+    input_threshold: Tensor | None,
+    prepared: Tensor,
+    geometry: Sequence[int],
+    out_dtype: torch.dtype | None,
+    channels_last: bool,
+    *epilogue: Any,
+) -> Tensor:
+    parts = geometry_parts(geometry[4:])[:3]
+    sizes = out_sizes(x.shape[0], x.shape[2:], geometry[:4], *parts)
+    return _new_output(sizes, x, out_dtype, channels_last)
 
 
 def _fake_packed_conv2d_with_bits(packed: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
@@ -692,6 +749,7 @@ _OPERATORS: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = [
     ("packed_conv2d", _packed_conv2d, _fake_packed_conv2d),
     ("packed_conv2d_no_grad", _packed_conv2d, _fake_packed_conv2d),
     ("packed_conv2d_with_bits", _packed_conv2d_with_bits, _fake_packed_conv2d_with_bits),
+    ("values_conv2d", _values_conv2d, _fake_values_conv2d),
     ("conv2d", _conv2d, _fake_conv2d),
     ("sign_conv2d_operands", _sign_conv2d_operands, _fake_sign_conv2d_operands),
     ("mask_values", _mask_values, lambda *_: None),
@@ -705,6 +763,7 @@ kernels = {_name: _function for _name, _function, _ in _OPERATORS}
 for _name in (
     "packed_conv2d_no_grad",
     "packed_conv2d_with_bits",
+    "values_conv2d",
     "sign_conv2d_operands",
     "weight_gradient",
 ):

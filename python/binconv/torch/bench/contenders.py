@@ -6,7 +6,7 @@ The weights are the same in every set, as a layer's are from batch to batch.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -143,7 +143,7 @@ def kernel_name(layer: Layer, device: torch.device, kernel: str | None) -> str:
     return binconv.kernel_name(layer.shape(), **_place(device), kernel=kernel)
 
 
-def _place(device: torch.device) -> dict[str, int | None]:
+def _place(device: torch.device) -> dict[str, Any]:
     return {"device": device.index if device.type == "cuda" else None}
 
 
