@@ -1,5 +1,7 @@
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <type_traits>
 
 #include "cpu/cpu.h"
 #include "cpu/numeric.h"
@@ -8,7 +10,23 @@
 namespace binconv::cpu {
 namespace {
 
-// change(x, bit) for every value.
+// value, or +0. Bits are as good as random, so that a branch would be mispredicted every other
+// time.
+template <class T>
+T keep_if(bool is_kept, T value) {
+  using Few = std::conditional_t<sizeof(T) == 1, uint8_t, uint16_t>;
+  using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, Few>;
+  return std::bit_cast<T>(static_cast<Bits>(std::bit_cast<Bits>(value) & -Bits{is_kept}));
+}
+
+// change(x, is_one) for up to 8 values that lie `stride` apart, of the bits of one byte. With a
+// known count and stride, compilers make it vectors.
+template <class T, class Change>
+void change_byte(uint8_t byte, T* x, int64_t count, int64_t stride, const Change& change) {
+  for (int64_t k = 0; k < count; ++k) change(x[k * stride], (byte & (1 << k)) != 0);
+}
+
+// The same for every value of an image.
 template <class T, class Change>
 void change_values(const ImageShape& shape, const PixelBits& bits, T* x, Layout layout, int threads,
                    const Change& change) {
@@ -20,10 +38,14 @@ void change_values(const ImageShape& shape, const PixelBits& bits, T* x, Layout 
                  for (int64_t i = begin; i < end; ++i) {
                    const uint8_t* byte = bits.data + i * bits.pixel_bytes;
                    T* pixel = x + i / plane * plane * channels + i % plane * pixel_stride;
-                   for (int64_t c = 0; c < channels; c += 8, ++byte) {
-                     const int64_t count = std::min<int64_t>(8, channels - c);
-                     for (int64_t k = 0; k < count; ++k)
-                       change(pixel[(c + k) * channel_stride], *byte >> k & 1);
+                   int64_t c = 0;
+                   if (channel_stride == 1) {
+                     for (; c + 8 <= channels; c += 8)
+                       change_byte(*byte++, pixel + c, 8, 1, change);
+                   }
+                   for (; c < channels; c += 8) {
+                     change_byte(*byte++, pixel + c * channel_stride,
+                                 std::min<int64_t>(8, channels - c), channel_stride, change);
                    }
                  }
                });
@@ -66,7 +88,7 @@ void sign_values(const ImageShape& shape, const PixelBits& bits, void* x, DataTy
     using T = decltype(tag);
     const T signs[2] = {from_float<T>(-1.0f), from_float<T>(1.0f)};
     change_values(shape, bits, static_cast<T*>(x), layout, threads,
-                  [&](T& value, int bit) { value = signs[bit]; });
+                  [&](T& value, bool is_one) { value = signs[is_one]; });
   });
 }
 
@@ -75,7 +97,7 @@ void mask_values(const ImageShape& shape, const PixelBits& bits, void* x, DataTy
   with_type(type, [&](auto tag) {
     using T = decltype(tag);
     change_values(shape, bits, static_cast<T*>(x), layout, threads,
-                  [](T& value, int bit) { value = bit ? value : T{}; });
+                  [](T& value, bool is_one) { value = keep_if(is_one, value); });
   });
 }
 
@@ -99,9 +121,9 @@ void weight_gradient(int64_t rows, int64_t columns, const void* gradient, DataTy
     float values[kBlock], weights[kBlock];
     to_floats(gradient, gradient_type, first, count, values);
     to_floats(weight, weight_type, first, count, weights);
-    for (int64_t i = 0; i < count; ++i) {
-      const bool passes = passes_all || std::fabs(weights[i]) <= limit;
-      values[i] = passes ? values[i] * factor : 0.0f;
+    for (int64_t i = 0; i < count; ++i) values[i] *= factor;
+    for (int64_t i = 0; !passes_all && i < count; ++i) {
+      values[i] = keep_if(std::fabs(weights[i]) <= limit, values[i]);
     }
     from_floats(values, count, out, out_type, first);
   });
