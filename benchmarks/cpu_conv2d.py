@@ -118,7 +118,6 @@ def machine() -> dict[str, Any]:
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "binconv": binconv.version(),
         "commit": commit,
-        "batch": BATCH,
     }
 
 
@@ -150,7 +149,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    about, results = machine(), measure(arguments.rounds)
+    about, results = machine() | {"batch": BATCH}, measure(arguments.rounds)
     text = table(results, about)
     print(text)
     if arguments.output:

@@ -9,21 +9,18 @@ so that a change of clock or load hits both; times are medians, and the ratio is
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cpu_conv2d import machine
 from torch import Tensor
 
 import binconv
 
 BATCH, CHANNELS, SIZE = 8, 256, 28
-HERE = Path(__file__).parent
 Pair = tuple[Callable[[], object], Callable[[], object]]
 
 
@@ -75,17 +72,11 @@ def medians(pair: Pair, rounds: int = 60) -> list[float]:
 
 def table() -> str:
     """The results as Markdown."""
-    command = ["git", "-C", str(HERE), "rev-parse", "--short", "HEAD"]
-    commit = os.environ.get("COMMIT")  # For a copy of the tree without its history.
-    if not commit:
-        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    about = machine() | {"images": f"{BATCH} of {SIZE}x{SIZE} with {CHANNELS} channels"}
     lines = [
         "# Elementwise steps of backward on the CPU",
         "",
-        f"`python benchmarks/cpu_gradient.py`: cpu {platform.processor() or platform.machine()}, "
-        f"capability {torch.backends.cpu.get_cpu_capability()}, threads {torch.get_num_threads()}, "
-        f"torch {torch.__version__}, binconv {binconv.version()}, commit {commit}, "
-        f"{BATCH} images of {SIZE}x{SIZE} with {CHANNELS} channels",
+        "`python benchmarks/cpu_gradient.py`: " + ", ".join(f"{k} {v}" for k, v in about.items()),
         "",
         "| step | values | layout | binconv ms | torch ms | speed-up |",
         "|---|---|---|---|---|---|",

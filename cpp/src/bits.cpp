@@ -9,9 +9,6 @@
 namespace binconv {
 namespace {
 
-constexpr std::initializer_list<DataType> kValueTypes = {DataType::kFloat32, DataType::kFloat16,
-                                                         DataType::kBFloat16, DataType::kInt8};
-
 void pack(const ImageShape& shape, const void* x, DataType type, Layout layout,
           const Threshold& threshold, void* packed, const ClipBits& clip, const Queue& queue) {
   check_pointer("x", x, element_bytes(type));
@@ -29,10 +26,6 @@ void check_values(const ImageShape& shape, DataType type, Layout layout) {
   check_image(shape);
   check_type("type", type, kValueTypes);
   check_layout("layout", layout);
-}
-
-bool is_empty(const ImageShape& shape) {
-  return shape.batch == 0 || shape.height == 0 || shape.width == 0;
 }
 
 }  // namespace
@@ -74,7 +67,8 @@ void unpack_bits(const ImageShape& shape, const void* packed, void* x, DataType 
   if (queue.is_cuda()) {
     cuda::unpack_bits(shape, bits, x, type, layout, queue);
   } else {
-    cpu::unpack_bits(shape, bits, x, type, layout, queue.threads());
+    const PixelBits pixels = {bits, packed_bytes(shape.channels)};
+    cpu::sign_values(shape, pixels, x, type, layout, queue.threads());
   }
 }
 

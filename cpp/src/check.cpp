@@ -97,6 +97,10 @@ void check_image(const ImageShape& shape, const std::string& prefix) {
                    std::max(packed_bytes(shape.channels), shape.channels), kLargestElement});
 }
 
+bool is_empty(const ImageShape& shape) {
+  return shape.batch == 0 || shape.height == 0 || shape.width == 0;
+}
+
 void check_weight(const WeightShape& shape) {
   check_extent("out_channels", shape.out_channels, 1);
   check_extent("in_channels", shape.in_channels, 1);

@@ -23,6 +23,11 @@ void require(bool condition, const Parts&... parts) {
   if (!condition) fail(Status::kInvalidArgument, parts...);
 }
 
+inline constexpr std::initializer_list<DataType> kFloatTypes = {
+    DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16};
+inline constexpr std::initializer_list<DataType> kValueTypes = {
+    DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16, DataType::kInt8};
+
 const char* to_string(DataType type);
 int64_t element_bytes(DataType type);  // Not for kBits.
 
@@ -35,6 +40,7 @@ void check_type(const char* name, DataType type, std::initializer_list<DataType>
 void check_layout(const char* name, Layout layout);
 void check_pointer(const char* name, const void* pointer, int64_t alignment);
 void check_image(const ImageShape& shape, const std::string& prefix = "");
+bool is_empty(const ImageShape& shape);  // One that check_image lets pass.
 void check_weight(const WeightShape& shape);
 void check_conv2d(const Conv2dShape& shape);
 

@@ -64,8 +64,7 @@ void check_epilogue(const Epilogue& epilogue, int64_t batch) {
   check_optional("scale", epilogue.scale);
   check_optional("bias", epilogue.bias);
   if (epilogue.residual) {
-    check_type("residual_type", epilogue.residual_type,
-               {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16});
+    check_type("residual_type", epilogue.residual_type, kFloatTypes);
     check_pointer("residual", epilogue.residual, element_bytes(epilogue.residual_type));
   }
   check_activation(epilogue.activation);
@@ -140,8 +139,7 @@ void binary_conv2d(const Conv2dShape& shape, const Values& x, const void* prepar
                    const Epilogue& epilogue, void* output, void* workspace, const Queue& queue) {
   const Kernel& kernel = checked_kernel(shape, queue);
   check_epilogue(epilogue, shape.batch);
-  check_type("type", x.type,
-             {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16, DataType::kInt8});
+  check_type("type", x.type, kValueTypes);
   check_layout("layout", x.layout);
   if (shape.batch == 0) return;
   check_pointer("x", x.data, element_bytes(x.type));

@@ -8,11 +8,6 @@
 namespace binconv {
 namespace {
 
-constexpr std::initializer_list<DataType> kFloatTypes = {DataType::kFloat32, DataType::kFloat16,
-                                                         DataType::kBFloat16};
-constexpr std::initializer_list<DataType> kWeightTypes = {DataType::kFloat32, DataType::kFloat16,
-                                                          DataType::kBFloat16, DataType::kInt8};
-
 // Whether there are values.
 bool check_values(const ImageShape& shape, const PixelBits& bits, const void* x, DataType type,
                   Layout layout) {
@@ -24,7 +19,7 @@ bool check_values(const ImageShape& shape, const PixelBits& bits, const void* x,
           least, " for ", shape.channels, " channels");
   checked_product("bits", "batch * height * width * pixel_bytes",
                   {shape.batch, shape.height, shape.width, bits.pixel_bytes});
-  if (shape.batch == 0 || shape.height == 0 || shape.width == 0) return false;
+  if (is_empty(shape)) return false;
   check_pointer("bits", bits.data, 1);
   check_pointer("x", x, element_bytes(type));
   return true;
@@ -67,7 +62,7 @@ void mask_values(const ImageShape& shape, const void* bits, int64_t pixel_bytes,
 void scaled_signs(int64_t rows, int64_t columns, const void* weight, DataType weight_type,
                   const float* scale, void* out, DataType out_type, const Queue& queue) {
   check_rows(rows, columns);
-  check_type("weight_type", weight_type, kWeightTypes);
+  check_type("weight_type", weight_type, kValueTypes);
   check_type("out_type", out_type, kFloatTypes);
   check_array("weight", weight, weight_type, rows, columns);
   check_array("out", out, out_type, rows, columns);
@@ -85,7 +80,7 @@ void weight_gradient(int64_t rows, int64_t columns, const void* gradient, DataTy
                      void* out, DataType out_type, const Queue& queue) {
   check_rows(rows, columns);
   check_type("gradient_type", gradient_type, kFloatTypes);
-  check_type("weight_type", weight_type, kWeightTypes);
+  check_type("weight_type", weight_type, kValueTypes);
   check_type("out_type", out_type, kFloatTypes);
   require(limit >= 0.0f, "limit: got ", limit, ", expected a number of at least 0");
   check_array("gradient", gradient, gradient_type, rows, columns);

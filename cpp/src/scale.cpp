@@ -5,12 +5,6 @@
 #include "cuda/cuda.h"
 
 namespace binconv {
-namespace {
-
-constexpr std::initializer_list<DataType> kFloatTypes = {DataType::kFloat32, DataType::kFloat16,
-                                                         DataType::kBFloat16};
-
-}  // namespace
 
 void abs_mean(int64_t rows, int64_t columns, const void* x, DataType type, float* out,
               const Queue& queue) {
@@ -34,7 +28,7 @@ void scale_channels(const ImageShape& shape, const void* x, DataType type, Layou
   check_image(shape);
   check_type("type", type, kFloatTypes);
   check_layout("layout", layout);
-  if (shape.batch == 0 || shape.height == 0 || shape.width == 0) return;
+  if (is_empty(shape)) return;
   check_pointer("x", x, element_bytes(type));
   check_pointer("scale", scale, sizeof(float));
   check_pointer("out", out, element_bytes(type));

@@ -19,10 +19,9 @@ constexpr float kSmallest = std::numeric_limits<float>::denorm_min();
 constexpr float kLargest = std::numeric_limits<float>::max();
 
 std::string describe_image(const ImageShape& s, DataType type, Layout layout) {
-  constexpr const char* kNames[] = {"int8", "int32", "float32", "float16", "bfloat16", "bits"};
   return "image of batch " + std::to_string(s.batch) + ", channels " + std::to_string(s.channels) +
          ", " + std::to_string(s.height) + "x" + std::to_string(s.width) + ", " +
-         kNames[static_cast<int>(type)] + (layout == Layout::kNCHW ? ", NCHW" : ", NHWC");
+         reference::type_name(type) + (layout == Layout::kNCHW ? ", NCHW" : ", NHWC");
 }
 
 // Runs pack_bits on guarded memory. `elements` holds the image as it lies in memory.
@@ -171,16 +170,6 @@ std::vector<uint8_t> signs(const ImageShape& shape, uint64_t seed, DataType type
   return reference::encode(type, values);
 }
 
-// Every bit pattern of a type, as one image.
-std::vector<uint8_t> all_patterns(DataType type) {
-  std::vector<uint8_t> elements;
-  for (int i = 0; i < (type == DataType::kInt8 ? 256 : 65536); ++i) {
-    elements.push_back(static_cast<uint8_t>(i));
-    if (type != DataType::kInt8) elements.push_back(static_cast<uint8_t>(i >> 8));
-  }
-  return elements;
-}
-
 }  // namespace
 
 TEST(PackedBytes, IsSixteenPerStarted128Channels) {
@@ -262,7 +251,7 @@ TEST(PackBits, SpecialValuesCompareAsFloat32) {
 
 TEST(PackBits, EveryBitPatternOfTheSmallTypesMatchesReference) {
   for (DataType type : {DataType::kFloat16, DataType::kBFloat16, DataType::kInt8}) {
-    const std::vector<uint8_t> elements = all_patterns(type);
+    const std::vector<uint8_t> elements = reference::all_patterns(type);
     const ImageShape shape =
         type == DataType::kInt8 ? ImageShape{1, 64, 2, 2} : ImageShape{2, 64, 32, 16};
     for (float threshold : {0.0f, -0.0f, 0.1f, -1.0f, 0.5f, 127.0f, -128.0f, 65504.0f, 1e-41f,
@@ -403,7 +392,7 @@ TEST(PackBitsAndClip, EveryBitPatternOfTheSmallTypesMatchesReference) {
     float threshold, limit;
   };
   for (DataType type : {DataType::kFloat16, DataType::kBFloat16, DataType::kInt8}) {
-    const std::vector<uint8_t> elements = all_patterns(type);
+    const std::vector<uint8_t> elements = reference::all_patterns(type);
     const ImageShape shape =
         type == DataType::kInt8 ? ImageShape{1, 64, 2, 2} : ImageShape{2, 64, 32, 16};
     for (const auto& [threshold, limit] : std::vector<Interval>{

@@ -35,11 +35,6 @@ Image constant_image(const ImageShape& shape, int value) {
   return image;
 }
 
-const char* type_name(DataType type) {
-  constexpr const char* kNames[] = {"int8", "int32", "float32", "float16", "bfloat16", "bits"};
-  return kNames[static_cast<int>(type)];
-}
-
 // Mostly ordinary numbers, and now and then one that breaks a shortcut.
 std::vector<float> draw_scale(Random& random, int64_t count) {
   std::vector<float> values(count);
@@ -211,12 +206,12 @@ std::string describe(const Conv2dShape& s) {
 
 std::string describe(const EpilogueCase& e) {
   std::ostringstream text;
-  text << "epilogue to " << type_name(e.out_type)
+  text << "epilogue to " << reference::type_name(e.out_type)
        << (e.out_layout == Layout::kNHWC ? " in NHWC" : " in NCHW");
   if (e.clamp) text << ", clamp";
   if (e.scale) text << ", scale";
   if (e.bias) text << ", bias";
-  if (e.residual) text << ", residual of " << type_name(*e.residual);
+  if (e.residual) text << ", residual of " << reference::type_name(*e.residual);
   if (e.activation) {
     text << ", activation of" << (e.activation->in_shift ? " in_shift" : "")
          << (e.activation->slope ? " slope" : " ReLU")
@@ -559,7 +554,8 @@ void Run::check_values(const EpilogueCase& which, DataType type, Layout layout,
   const Buffer per_channel_thresholds(queue_, thresholds, 4, placement_);
   std::ostringstream text;
   text.precision(9);
-  text << "values of " << type_name(type) << (layout == Layout::kNHWC ? " in NHWC" : " in NCHW")
+  text << "values of " << reference::type_name(type)
+       << (layout == Layout::kNHWC ? " in NHWC" : " in NCHW")
        << (placement_ == Placement::kOffEnd && alignment < 64 ? ", off a vector's alignment" : "");
   per_channel ? text << ", a threshold per channel" : text << ", threshold " << thresholds[0];
   const Context context(text.str());

@@ -39,11 +39,6 @@ const std::vector<float>& special_values() {
   return values;
 }
 
-const char* name_of(DataType type) {
-  constexpr const char* kNames[] = {"int8", "int32", "float32", "float16", "bfloat16", "bits"};
-  return kNames[static_cast<int>(type)];
-}
-
 std::vector<uint8_t> random_bytes(int64_t count, uint64_t seed) {
   Random random(seed);
   std::vector<uint8_t> bytes(count);
@@ -62,16 +57,6 @@ std::vector<uint8_t> random_elements(int64_t count, DataType type, uint64_t seed
     float x = random.uniform(-2.0f, 2.0f);
     if (random.one_in(2)) x = specials[random.between(0, specials.size() - 1)];
     reference::store(type, elements.data(), i, x);
-  }
-  return elements;
-}
-
-// Every bit pattern of a type.
-std::vector<uint8_t> all_patterns(DataType type) {
-  std::vector<uint8_t> elements;
-  for (int i = 0; i < (type == DataType::kInt8 ? 256 : 65536); ++i) {
-    elements.push_back(static_cast<uint8_t>(i));
-    if (type != DataType::kInt8) elements.push_back(static_cast<uint8_t>(i >> 8));
   }
   return elements;
 }
@@ -132,7 +117,7 @@ void check_image(const ImageCall& call) {
   for (const Queue& queue : queues()) {
     const Context context("image of batch " + std::to_string(s.batch) + ", channels " +
                           std::to_string(s.channels) + ", " + std::to_string(s.height) + "x" +
-                          std::to_string(s.width) + ", " + name_of(call.type) +
+                          std::to_string(s.width) + ", " + reference::type_name(call.type) +
                           (call.layout == Layout::kNCHW ? ", NCHW" : ", NHWC") + ", pixel_bytes " +
                           std::to_string(call.pixel_bytes) + ", lead " + std::to_string(call.lead) +
                           " on " + describe(queue));
@@ -324,9 +309,9 @@ void check_scaled_signs(int64_t rows, int64_t columns, const std::vector<uint8_t
     reference::store(out_type, expected.data(), i, is_positive ? factor : -factor);
   }
   for (const Queue& queue : queues()) {
-    const Context context(describe_rows(rows, columns) + ", " + name_of(weight_type) + " to " +
-                          name_of(out_type) + (scale.empty() ? ", no scale on " : " on ") +
-                          describe(queue));
+    const Context context(describe_rows(rows, columns) + ", " + reference::type_name(weight_type) +
+                          " to " + reference::type_name(out_type) +
+                          (scale.empty() ? ", no scale on " : " on ") + describe(queue));
     run_guarded([&] {
       const Buffer weights(queue, weight, reference::element_bytes(weight_type), placement);
       const Buffer scales(queue, scale, 4, placement);
@@ -378,8 +363,9 @@ void check_gradient(const GradientCall& call) {
   const std::vector<uint8_t> expected = expected_gradient(call);
   for (const Queue& queue : queues()) {
     const Context context(describe_rows(call.rows, call.columns) + ", gradient " +
-                          name_of(call.gradient_type) + ", weight " + name_of(call.weight_type) +
-                          " to " + name_of(call.out_type) + ", limit " +
+                          reference::type_name(call.gradient_type) + ", weight " +
+                          reference::type_name(call.weight_type) + " to " +
+                          reference::type_name(call.out_type) + ", limit " +
                           std::to_string(call.limit) + (call.scale.empty() ? ", no scale" : "") +
                           " on " + describe(queue));
     run_guarded([&] {
@@ -498,7 +484,7 @@ TEST(MaskValues, EveryBitPatternOfTheSmallTypesIsKeptOrZero) {
   for (DataType type : {DataType::kFloat16, DataType::kBFloat16}) {
     for (Layout layout : kLayouts) {
       check_image({mask_values, shape, 8, type, layout, random_bytes(pixel_count(shape) * 8, 9),
-                   all_patterns(type)});
+                   reference::all_patterns(type)});
     }
   }
 }
@@ -568,8 +554,8 @@ TEST(ScaledSigns, EveryWeightOfTheSmallTypesMatchesReference) {
   for (DataType weight_type : {DataType::kFloat16, DataType::kBFloat16, DataType::kInt8}) {
     const int64_t columns = weight_type == DataType::kInt8 ? 16 : 4096;
     for (DataType out_type : kFloatTypes) {
-      check_scaled_signs(16, columns, all_patterns(weight_type), weight_type, row_scales(16),
-                         out_type);
+      check_scaled_signs(16, columns, reference::all_patterns(weight_type), weight_type,
+                         row_scales(16), out_type);
     }
   }
 }
@@ -728,7 +714,7 @@ TEST(WeightGradient, EveryWeightOfTheSmallTypesMatchesReference) {
         weight_type,
         DataType::kFloat32,
         reference::encode(DataType::kFloat32, std::vector<float>(rows * columns, -3.0f)),
-        all_patterns(weight_type),
+        reference::all_patterns(weight_type),
         {},
         0.0f};
     for (float limit : {0.0f, kSmallest, 6e-8f, 0.1f, 1.0f, 1.3f, 127.0f, 127.5f, 128.0f, 65504.0f,
@@ -926,7 +912,8 @@ TEST(GradientErrors, WrongTypesAndLayoutsOfImagesAreRejected) {
         function({1, 3, 2, 2}, a.data(), 1, b.data(), type, layout, queue);
       };
       for (DataType type : kNoFloatTypes) {
-        CHECK_ERROR(call(type, Layout::kNHWC), kInvalid, "type", name_of(type), "bfloat16");
+        CHECK_ERROR(call(type, Layout::kNHWC), kInvalid, "type", reference::type_name(type),
+                    "bfloat16");
       }
       CHECK_ERROR(call(static_cast<DataType>(99), Layout::kNHWC), kInvalid, "type", "unknown");
       CHECK_ERROR(call(DataType::kFloat32, static_cast<Layout>(7)), kInvalid, "layout", "7");
@@ -982,10 +969,11 @@ TEST(GradientErrors, ScaledSignsRejectsBadArguments) {
       call(2, 4, a.data(), weight_type, a.data(), b.data(), out_type);
     };
     for (DataType type : {DataType::kInt32, DataType::kBits}) {
-      CHECK_ERROR(types(type, kType), kInvalid, "weight_type", name_of(type), "bfloat16");
+      CHECK_ERROR(types(type, kType), kInvalid, "weight_type", reference::type_name(type),
+                  "bfloat16");
     }
     for (DataType type : kNoFloatTypes) {
-      CHECK_ERROR(types(kType, type), kInvalid, "out_type", name_of(type), "bfloat16");
+      CHECK_ERROR(types(kType, type), kInvalid, "out_type", reference::type_name(type), "bfloat16");
     }
     b.check_untouched("out");
   }
@@ -1048,11 +1036,14 @@ TEST(GradientErrors, WeightGradientRejectsWrongTypesAndLimits) {
     };
     constexpr DataType kType = DataType::kFloat32;
     for (DataType type : kNoFloatTypes) {
-      CHECK_ERROR(call(type, kType, kType), kInvalid, "gradient_type", name_of(type), "bfloat16");
-      CHECK_ERROR(call(kType, kType, type), kInvalid, "out_type", name_of(type), "bfloat16");
+      CHECK_ERROR(call(type, kType, kType), kInvalid, "gradient_type", reference::type_name(type),
+                  "bfloat16");
+      CHECK_ERROR(call(kType, kType, type), kInvalid, "out_type", reference::type_name(type),
+                  "bfloat16");
     }
     for (DataType type : {DataType::kInt32, DataType::kBits}) {
-      CHECK_ERROR(call(kType, type, kType), kInvalid, "weight_type", name_of(type), "bfloat16");
+      CHECK_ERROR(call(kType, type, kType), kInvalid, "weight_type", reference::type_name(type),
+                  "bfloat16");
     }
     CHECK_ERROR(call(kType, kType, kType, -1.5f), kInvalid, "limit", "-1.5", "at least 0");
     CHECK_ERROR(call(kType, kType, kType, -kSmallest), kInvalid, "limit", "at least 0");

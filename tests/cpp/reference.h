@@ -186,6 +186,21 @@ inline float load(DataType type, const void* array, int64_t i) {
   return (type == DataType::kFloat16 ? Half::float16() : Half::bfloat16()).decode(pattern);
 }
 
+inline const char* type_name(DataType type) {
+  constexpr const char* kNames[] = {"int8", "int32", "float32", "float16", "bfloat16", "bits"};
+  return kNames[static_cast<int>(type)];
+}
+
+// Every bit pattern of a type of one or two bytes.
+inline std::vector<uint8_t> all_patterns(DataType type) {
+  std::vector<uint8_t> elements;
+  for (int i = 0; i < (element_bytes(type) == 1 ? 256 : 65536); ++i) {
+    elements.push_back(static_cast<uint8_t>(i));
+    if (element_bytes(type) > 1) elements.push_back(static_cast<uint8_t>(i >> 8));
+  }
+  return elements;
+}
+
 inline std::vector<uint8_t> encode(DataType type, const std::vector<float>& values) {
   std::vector<uint8_t> array(values.size() * element_bytes(type));
   for (size_t i = 0; i < values.size(); ++i) store(type, array.data(), i, values[i]);

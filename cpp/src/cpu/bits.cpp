@@ -108,25 +108,4 @@ void pack_bits(const ImageShape& shape, const void* x, DataType type, Layout lay
   });
 }
 
-void unpack_bits(const ImageShape& shape, const uint8_t* packed, void* x, DataType type,
-                 Layout layout, int threads) {
-  const int64_t plane = shape.height * shape.width, channels = shape.channels;
-  const int64_t pixel_bytes = packed_bytes(channels);
-  const int64_t channel_stride = layout == Layout::kNHWC ? 1 : plane;
-  const int64_t pixel_stride = layout == Layout::kNHWC ? channels : 1;
-  with_type(type, [&](auto tag) {
-    using T = decltype(tag);
-    const T signs[2] = {from_float<T>(-1.0f), from_float<T>(1.0f)};
-    parallel_for(
-        threads, shape.batch * plane, chunk_for(channels), [&](int, int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) {
-            const uint8_t* bits = packed + i * pixel_bytes;
-            T* out = static_cast<T*>(x) + i / plane * plane * channels + i % plane * pixel_stride;
-            for (int64_t c = 0; c < channels; ++c)
-              out[c * channel_stride] = signs[bits[c / 8] >> (c % 8) & 1];
-          }
-        });
-  });
-}
-
 }  // namespace binconv::cpu

@@ -12,8 +12,6 @@ CpuFeatures features();
 
 void pack_bits(const ImageShape& shape, const void* x, DataType type, Layout layout,
                const Threshold& threshold, uint8_t* packed, const ClipBits& clip, int threads);
-void unpack_bits(const ImageShape& shape, const uint8_t* packed, void* x, DataType type,
-                 Layout layout, int threads);
 void abs_mean(int64_t rows, int64_t columns, const void* x, DataType type, float* out, int threads);
 void scale_channels(const ImageShape& shape, const void* x, DataType type, Layout layout,
                     const float* scale, void* out, int threads);
