@@ -22,6 +22,11 @@ constexpr NamedType kTypes[] = {
     {DataType::kBits, nb::dlpack::dtype_code::UInt, 8, "uint8"},
 };
 
+const NamedType& entry_of(DataType type) {
+  return *std::find_if(std::begin(kTypes), std::end(kTypes),
+                       [&](const NamedType& t) { return t.type == type; });
+}
+
 DataType type_of(const char* name, nb::dlpack::dtype dtype) {
   for (const NamedType& known : kTypes) {
     if (dtype.code == static_cast<uint8_t>(known.code) && dtype.bits == known.bits &&
@@ -64,33 +69,21 @@ Array import_array(const char* name, nb::handle object, const char* expected,
   if (!nb::try_cast(object, import, /*convert=*/false)) {
     throw_type_error(name, object, expected);
   }
-  Array array;
-  array.name = name;
-  array.data = const_cast<void*>(static_cast<const void*>(import.data()));
-  array.type = type(name, import.dtype());
-  array.device = device_of(name, import.device_type(), import.device_id());
-  for (size_t i = 0; i < import.ndim(); ++i)
-    array.shape.push_back(static_cast<int64_t>(import.shape(i)));
-  int64_t stride = 1;
-  for (size_t i = import.ndim(); i-- > 0 && import.size() > 0;) {
-    if (array.shape[i] > 1 && import.stride(i) != stride) {
-      fail(name, ": got stride ", import.stride(i), " in dimension ", i, ", expected ", stride,
-           " (a C-contiguous array)");
-    }
-    stride *= array.shape[i];
+  std::vector<int64_t> shape, strides;
+  for (size_t i = 0; i < import.ndim(); ++i) {
+    shape.push_back(static_cast<int64_t>(import.shape(i)));
+    strides.push_back(import.stride(i));
   }
+  Array array = dense_array(
+      name, const_cast<void*>(static_cast<const void*>(import.data())), type(name, import.dtype()),
+      device_of(name, import.device_type(), import.device_id()), shape, strides);
   array.import = nb::ndarray<nb::ro>(import);
-  array.expect_aligned(import.itemsize());
   return array;
 }
 
 }  // namespace
 
-const char* type_name(DataType type) {
-  return std::find_if(std::begin(kTypes), std::end(kTypes),
-                      [&](const NamedType& t) { return t.type == type; })
-      ->name;
-}
+const char* type_name(DataType type) { return entry_of(type).name; }
 
 void throw_type_error(const char* name, nb::handle object, const char* expected) {
   const nb::str type(object.type().attr("__name__"));
@@ -139,6 +132,22 @@ void Array::expect_aligned(int64_t alignment) const {
   fail(name, ": got address ", data, ", expected a multiple of ", alignment, " bytes");
 }
 
+Array dense_array(const char* name, void* data, DataType type, Device device,
+                  const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
+  const bool is_empty = std::find(shape.begin(), shape.end(), 0) != shape.end();
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0 && !is_empty;) {
+    if (shape[i] > 1 && strides[i] != stride) {
+      fail(name, ": got stride ", strides[i], " in dimension ", i, ", expected ", stride,
+           " (a C-contiguous array)");
+    }
+    stride *= shape[i];
+  }
+  Array array = {name, data, type, device, shape, {}};
+  array.expect_aligned(entry_of(type).bits / 8);
+  return array;
+}
+
 Array read(const char* name, nb::handle object) {
   return import_array<nb::ndarray<nb::ro>>(name, object, "an array that DLPack can export");
 }
@@ -152,34 +161,26 @@ std::optional<Array> read_optional(const char* name, nb::handle object) {
   return read(name, object);
 }
 
-std::optional<Array> read_channels(const char* name, nb::handle object, int64_t channels) {
-  std::optional<Array> array = read_optional(name, object);
-  if (array) array->expect_channels(channels);
-  return array;
-}
-
-Array write_channels(const char* name, nb::handle object, int64_t channels) {
-  Array array = write(name, object);
-  array.expect_channels(channels);
-  return array;
-}
-
-std::optional<Array> read_flags(const char* name, nb::handle object, int64_t channels) {
+std::optional<Array> write_optional(const char* name, nb::handle object) {
   if (object.is_none()) return std::nullopt;
-  Array array = import_array<nb::ndarray<nb::ro>>(name, object, "an array that DLPack can export",
-                                                  flag_type_of);
-  array.expect_shape({channels});
-  return array;
+  return write(name, object);
+}
+
+std::optional<Array> read_flags(const char* name, nb::handle object) {
+  if (object.is_none()) return std::nullopt;
+  return import_array<nb::ndarray<nb::ro>>(name, object, "an array that DLPack can export",
+                                           flag_type_of);
 }
 
 Queue queue_for(const Array& first, std::initializer_list<const Array*> others,
-                std::optional<uintptr_t> stream, std::optional<int> threads, const char* kernel) {
+                const Place& place) {
   for (const Array* other : others) {
     if (other && !(other->device == first.device)) {
       fail(other->name, ": got an array on ", other->device.str(), ", expected ",
            first.device.str(), " as for ", first.name);
     }
   }
+  const auto& [stream, threads, kernel] = place;
   if (!first.device.cuda) {
     if (stream) fail("stream: got ", *stream, " for arrays on the CPU, expected None");
     return queue_for(first.device, threads, kernel);

@@ -1,6 +1,6 @@
 #pragma once
 
-// DLPack arrays as the library's arguments: what a raw pointer cannot carry is checked here.
+// Arrays as the library's arguments: what a raw pointer cannot carry is checked here.
 
 #include <binconv/binconv.h>
 #include <nanobind/nanobind.h>
@@ -34,14 +34,14 @@ struct Device {
   std::string str() const { return cuda ? "cuda:" + std::to_string(*cuda) : "cpu"; }
 };
 
-// A C-contiguous array, imported without a copy.
+// A C-contiguous array in memory that is not copied.
 struct Array {
-  std::string name;
+  const char* name;
   void* data = nullptr;
   DataType type = DataType::kFloat32;
   Device device;
   std::vector<int64_t> shape;
-  nb::ndarray<nb::ro> import;  // Keeps the memory alive during the call.
+  nb::ndarray<nb::ro> import;  // Keeps memory that came through DLPack alive during the call.
 
   void expect_shape(const std::vector<int64_t>& expected) const;
   void expect_rank(size_t rank) const;
@@ -55,26 +55,32 @@ struct Array {
 
 const char* type_name(DataType type);
 
+// Throws unless the strides are those of a C-contiguous array, and the address is aligned.
+Array dense_array(const char* name, void* data, DataType type, Device device,
+                  const std::vector<int64_t>& shape, const std::vector<int64_t>& strides);
+
 [[noreturn]] void throw_type_error(const char* name, nb::handle object, const char* expected);
 
-// Throws TypeError for what is no array, ValueError for an array that cannot be taken.
+// Through DLPack. Throws TypeError for what is no array, ValueError for one that cannot be taken.
 Array read(const char* name, nb::handle object);
 Array write(const char* name, nb::handle object);
 
 // Nothing for None.
 std::optional<Array> read_optional(const char* name, nb::handle object);
+std::optional<Array> write_optional(const char* name, nb::handle object);
 
-// A float32 vector of one value per channel; for reading, nothing for None.
-std::optional<Array> read_channels(const char* name, nb::handle object, int64_t channels);
-Array write_channels(const char* name, nb::handle object, int64_t channels);
+// uint8 or bool, or nothing for None.
+std::optional<Array> read_flags(const char* name, nb::handle object);
 
-// A vector of one uint8 or bool per channel, or nothing for None.
-std::optional<Array> read_flags(const char* name, nb::handle object, int64_t channels);
+// Where a call runs: a stream for arrays on a GPU, else a number of threads; a kernel, if forced.
+struct Place {
+  std::optional<uintptr_t> stream;
+  std::optional<int> threads;
+  const char* kernel = nullptr;
+};
 
 // The queue for a call on `first` and `others`, which must share its device.
-Queue queue_for(const Array& first, std::initializer_list<const Array*> others,
-                std::optional<uintptr_t> stream, std::optional<int> threads,
-                const char* kernel = nullptr);
+Queue queue_for(const Array& first, std::initializer_list<const Array*> others, const Place& place);
 Queue queue_for(const Device& device, std::optional<int> threads, const char* kernel = nullptr);
 
 }  // namespace binconv::python
