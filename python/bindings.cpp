@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "calls.h"
+#include "operators.h"
 
 using namespace nanobind::literals;
 using namespace binconv;
@@ -349,4 +350,5 @@ NB_MODULE(_binconv, m) {
         "threads"_a = nb::none());
   m.def("scale_channels", scale, "x"_a.none(), "scale"_a.none(), "out"_a.none(), nb::kw_only(),
         "layout"_a = "nchw", "stream"_a = nb::none(), "threads"_a = nb::none());
+  m.def("register_operators", register_operators);
 }

@@ -349,3 +349,9 @@ def cuda_architectures() -> str:
 
 def cuda_devices() -> list[tuple[str, int]]:
     """(name, compute capability such as 90) of each CUDA device."""
+
+def register_operators() -> None:
+    """Gives the operators torch.ops.binconv their kernels, in the PyTorch that is loaded.
+
+    Raises NotImplementedError where there is none, or one older than 2.10.
+    """

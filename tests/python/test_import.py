@@ -263,7 +263,9 @@ def test_no_source_of_the_library_includes_python_or_torch():
 
 def test_bindings_include_public_headers_nanobind_and_standard_headers_only():
     files = sources(ROOT / "python", *SOURCE_PATTERNS)
-    assert {"bindings.cpp", "arrays.cpp", "arrays.h"} <= {path.name for path in files}
+    assert {"bindings.cpp", "arrays.cpp", "operators.cpp", "tensor.h"} <= {
+        path.name for path in files
+    }
     for path in files:
         for quoted, name in includes(path):
             allowed = (
@@ -271,6 +273,7 @@ def test_bindings_include_public_headers_nanobind_and_standard_headers_only():
                 or (name.startswith("binconv/") and (CPP / "include" / name).is_file())
                 or name.startswith("nanobind/")
                 or is_standard(name)
+                or (path.name, name) == ("tensor.cpp", "dlfcn.h")
             )
             assert allowed, f"{path.name} includes {name}"
 
@@ -336,4 +339,5 @@ def test_torch_layer_imports_torch_and_binconv_only():
             if path.match("bench/plots.py"):
                 allowed = allowed or top == "matplotlib"
             assert allowed or top in sys.stdlib_module_names, f"{path.name} imports {module}"
-            assert "_binconv" not in module, f"{path.name} imports {module}"
+            finds_kernels = path.name == "ops.py"
+            assert finds_kernels or "_binconv" not in module, f"{path.name} imports {module}"

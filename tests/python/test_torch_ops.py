@@ -22,7 +22,7 @@ from binconv.torch import BitTensor, binary_conv2d, pack_bits, pack_weight, prep
 from binconv.torch.autograd import sign_conv2d
 from binconv.torch.estimators import estimator
 from binconv.torch.functional import geometry_arguments
-from binconv.torch.ops import packed_geometry, reaches_kernel
+from binconv.torch.ops import is_plain_call, packed_geometry
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 VALUES = (*FLOATS, torch.int8)
@@ -799,7 +799,7 @@ def test_raw_operators_refuse_a_geometry_of_another_length(device, count):
     x, w = torch.ones(1, 8, 4, 4, device=device), torch.ones(4, 8, 1, 1, device=device)
     geometry = [1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0][:count]
     got = f"^geometry: got {count} numbers"
-    arguments = (*(None,) * 6, geometry, torch.float32, False, "clip", 1.0)
+    arguments = (*(None,) * 5, geometry, torch.float32, False, 1.0)
     with pytest.raises(ValueError, match=got):
         torch.ops.binconv.sign_conv2d_no_grad(x, w, *arguments)
     bits, prepared = pack_bits(x).data, prepare_weight(w).data
@@ -808,12 +808,11 @@ def test_raw_operators_refuse_a_geometry_of_another_length(device, count):
 
 
 def test_a_raw_operator_refuses_an_unknown_estimator(device):
-    x, w = torch.ones(1, 8, 4, 4, device=device), torch.ones(4, 8, 1, 1, device=device)
-    geometry = [1, 1, 0, 0, 0, 0, 1, 1, 1, 0]
+    x = torch.ones(1, 8, 4, 4, device=device, requires_grad=True)
+    w = torch.ones(4, 8, 1, 1, device=device)
+    others = [1, 1, 0, 0, 0, 0, 1, 1, 1, 0], torch.float32, False, "clap", 1.0, "clip", 1.0
     with pytest.raises(ValueError, match=r"^ste: got 'clap'"):
-        torch.ops.binconv.sign_conv2d_no_grad(
-            x, w, *(None,) * 6, geometry, torch.float32, False, "clap", 1.0
-        )
+        torch.ops.binconv.sign_conv2d(x, w, *(None,) * 7, *others)
 
 
 def test_calls_that_differ_in_one_size_are_told_apart(device):
@@ -1158,8 +1157,9 @@ def test_modes_see_the_operators(device, mode, trains):
     with watch(mode) as watcher:
         binary_conv2d(x, w)
         binary_conv2d(pack_bits(x), prepare_weight(w))
-    trained = "sign_conv2d_no_grad" if mode is TorchDispatchMode else "sign_conv2d"
-    operators = {trained if trains else "conv2d", "pack_bits", "packed_conv2d_no_grad"}
+    tracked = trains and mode is TorchFunctionMode
+    convolution = "sign_conv2d" if tracked else "sign_conv2d_no_grad"
+    operators = {convolution, "pack_bits", "packed_conv2d_no_grad"}
     assert {f"binconv.{name}.default" for name in operators} <= watcher.names
 
 
@@ -1167,14 +1167,15 @@ def test_profilers_see_the_operators(device):
     x, w = torch.ones(1, 8, 5, 5, device=device), torch.ones(4, 8, 3, 3, device=device)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         binary_conv2d(x, w)
-    assert "binconv::conv2d" in {event.key for event in profile.key_averages()}
+    assert "binconv::sign_conv2d_no_grad" in {event.key for event in profile.key_averages()}
 
 
 @pytest.mark.parametrize("tracing", ["real", "fake", "symbolic"])
 def test_traces_hold_the_operators(device, tracing):
     x, w = torch.ones(1, 8, 5, 5, device=device), torch.ones(4, 8, 3, 3, device=device)
     traced = make_fx(lambda x, w: binary_conv2d(x, w, padding=1), tracing_mode=tracing)(x, w)
-    assert torch.ops.binconv.conv2d.default in {node.target for node in traced.graph.nodes}
+    operator = torch.ops.binconv.sign_conv2d_no_grad.default
+    assert operator in {node.target for node in traced.graph.nodes}
     assert torch.equal(traced(x, w), binary_conv2d(x, w, padding=1))
 
 
@@ -1196,10 +1197,10 @@ def test_packing_a_meta_tensor_gives_the_shape_alone():
 @pytest.mark.parametrize(
     "context", [torch.enable_grad, torch.no_grad, torch.inference_mode], ids=lambda c: c.__name__
 )
-def test_plain_tensors_need_no_dispatcher(device, context):
+def test_plain_calls_are_known(device, context):
     with context(), torch.autocast(torch.device(device).type):
         here = torch.ones(4, device=device)
-        assert reaches_kernel((here, torch.nn.Parameter(torch.ones(4, device=device)), None, 1))
+        assert is_plain_call((here, torch.nn.Parameter(torch.ones(4, device=device)), None, 1))
 
 
 def test_floats_are_refused_after_equal_integers(device):
@@ -1313,7 +1314,9 @@ def record_calls(device):
     differentiable = torch.ops.binconv.sign_conv2d.default
     without = torch.ops.binconv.sign_conv2d_no_grad.default
     trained = [args for function, args, _ in recorder.calls if function == without]
-    calls = [(differentiable, (*a[:8], None, *a[8:], *a[11:]), {}) for a in trained]
+    calls = [
+        (differentiable, (*a[:7], None, None, *a[7:10], *("clip", 1.0) * 2), {}) for a in trained
+    ]
     return recorder.calls + calls
 
 

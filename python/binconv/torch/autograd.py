@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,22 +14,8 @@ from . import ops
 from .estimators import EDE, Clip, Estimator, Identity, of_parameter
 
 CLIP = Clip()
-Caller = Callable[..., Any]  # Of an operator's name and arguments.
+LARGEST = torch.finfo(torch.float32).max
 LEVELS = 127  # Of the derivatives that backward keeps as 8-bit codes, on either side of 0.
-
-_TENSORS = (
-    "Tensor x, Tensor weight, Tensor? shift, Tensor? scale, Tensor? bias, Tensor? residual, "
-    "Tensor? prepared, Tensor? progress"
-)
-_OTHERS = "int[10] geometry, ScalarType out_dtype, bool mean_scale, str ste, float ste_parameter"
-_RESULTS = "(Tensor, Tensor, Tensor, Tensor)"
-
-_library = torch.library.Library("binconv", "FRAGMENT")
-_library.define(
-    f"sign_conv2d({_TENSORS}, Tensor? leaf, {_OTHERS}, str weight_ste, "
-    f"float weight_ste_parameter) -> {_RESULTS}"
-)
-_library.define(f"sign_conv2d_no_grad({_TENSORS}, {_OTHERS}) -> {_RESULTS}")
 
 
 def sign_conv2d(
@@ -92,10 +78,10 @@ def sign_conv2d(
         _parameter(weight_ste, progress),
     )
     y: Tensor
-    if ops.reaches_kernel(tensors):
-        y = _SignConv2dKernel.apply(*tensors, others)  # type: ignore[no-untyped-call]
+    if ops.is_plain_call(tensors):  # Spares what the dispatcher takes to call Python.
+        y = _SignConv2d.apply(*tensors, others)  # type: ignore[no-untyped-call]
     else:
-        y = torch.ops.binconv.sign_conv2d.default(*tensors, *others)[0]
+        y = _operator(*tensors, *others)
     return y
 
 
@@ -122,11 +108,8 @@ def packed_conv2d(
     """
     factors = scale, bias, residual
     arguments = (packed, prepared, geometry, out_dtype, channels_last, *factors, *steps)
-    y: Tensor
-    if wants_gradient(*factors):
-        y = torch.ops.binconv.packed_conv2d.default(*arguments)
-    else:
-        y = ops.call("packed_conv2d_no_grad", *arguments)
+    convolve = ops.packed_conv2d if wants_gradient(*factors) else ops.packed_conv2d_no_grad
+    y: Tensor = convolve(*arguments)
     return y
 
 
@@ -138,51 +121,68 @@ def wants_gradient(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _sign_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    prepared: Tensor | None,
-    progress: Tensor | None,
-    geometry: Sequence[int],
-    out_dtype: torch.dtype,
-    mean_scale: bool,
-    ste: str,
-    ste_parameter: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The result, and what backward needs: bits (see _fake_sign_conv2d) and codes of x; means."""
-    estimator = None
-    if ste not in _BITS_ALONE:
-        estimator = of_parameter(ste, ste_parameter, None if progress is None else progress[0])
-    means = _new_means(x, weight, mean_scale)
-    y, kept = ops.sign_conv2d(
+class _SignConv2d(torch.autograd.Function):
+    """What autograd records.
+
+    Not by torch.library.register_autograd, which spends ten times as much a call on an operator
+    with this many arguments. Autograd takes time for each input: what is no tensor comes as one.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, others = inputs
+        x, weight, shift, scale, _, residual, _, progress, _ = tensors
+        geometry, _, mean_scale, *estimators = others
+        y: Tensor
+        y, bits, means = _convolve(tensors, others)
+        ctx.save_for_backward(
+            _narrow(bits, x.shape[1]),
+            _codes(estimators[0], estimators[1], progress, x, shift),
+            weight,
+            means if mean_scale else scale,
+            progress,
+        )
+        ctx.geometry = geometry
+        ctx.dtypes = x.dtype, None if residual is None else residual.dtype
+        ctx.estimators = estimators
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, grad)
+
+
+def _convolve(tensors: Sequence[Any], others: Sequence[Any]) -> Any:
+    """The result, the bits of x, and the mean scale of the weight."""
+    x, weight, shift, scale, bias, residual, prepared, *_ = tensors
+    geometry, out_dtype, mean_scale, ste, ste_parameter, *_ = others
+    return ops.sign_conv2d_no_grad(
         x,
-        weight if prepared is None else prepared,
-        (*weight.shape, *geometry),
-        out_dtype,
-        means if mean_scale else scale,
+        weight,
+        None if shift is None else -shift.detach(),
+        scale,
         bias,
         residual,
-        None if shift is None else -shift.detach(),
-        ste_parameter if ste == Clip.name else None,
+        prepared,
+        geometry,
+        out_dtype,
         mean_scale,
+        ste_parameter if ste == Clip.name else None,
     )
-    codes = x.new_empty(0, dtype=torch.int8) if estimator is None else _codes(estimator, x, shift)
-    return y, _narrow(kept, x.shape[1]), codes, means
 
 
-def _new_means(x: Tensor, weight: Tensor, mean_scale: bool) -> Tensor:
-    return x.new_empty(weight.shape[0] if mean_scale else 0, dtype=torch.float32)
+def _narrow(packed: Tensor, channels: int) -> Tensor:
+    """Without the unused bytes of each pixel."""
+    return packed[..., : (channels + 7) // 8].contiguous() if channels % 128 else packed
 
 
-_BITS_ALONE = (Clip.name, Identity.name)  # Estimators whose derivative bits tell.
-
-
-def _codes(estimator: Estimator, x: Tensor, shift: Tensor | None) -> Tensor:
-    """The derivative as codes from -LEVELS to LEVELS."""
+def _codes(
+    ste: str, parameter: float, progress: Tensor | None, x: Tensor, shift: Tensor | None
+) -> Tensor | None:
+    """The derivative as codes from -LEVELS to LEVELS, for an estimator that bits do not tell."""
+    if ste in (Clip.name, Identity.name):
+        return None
+    estimator = of_parameter(ste, parameter, None if progress is None else progress[0])
     values = x.detach().float()
     if shift is not None:
         values = values + shift.detach().view(-1, 1, 1)
@@ -193,108 +193,19 @@ def _codes(estimator: Estimator, x: Tensor, shift: Tensor | None) -> Tensor:
     return codes.copy_(derivative)
 
 
-def _narrow(packed: Tensor, channels: int) -> Tensor:
-    """Without the unused bytes of each pixel."""
-    return packed[..., : (channels + 7) // 8].contiguous() if channels % 128 else packed
-
-
-def _fake_sign_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    shift: Tensor | None,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    prepared: Tensor | None,
-    progress: Tensor | None,
-    geometry: Sequence[int],
-    out_dtype: torch.dtype,
-    mean_scale: bool,
-    ste: str,
-    ste_parameter: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Bits: (1 or 2, N, H, W, bytes), the signs and for a clip which values are within it."""
-    batch, channels, height, width = x.shape
-    sizes = ops.out_sizes(batch, (height, width), weight.shape, *ops.geometry_parts(geometry)[:3])
-    form: dict[str, Any] = {"device": x.device, "memory_format": ops.memory_format(x)}
-    y = torch.empty(sizes, dtype=out_dtype, **form)
-    bits = 2 if ste == Clip.name else 1, batch, height, width, (channels + 7) // 8
-    kept = torch.empty(bits, dtype=torch.uint8, device=x.device)
-    means = _new_means(x, weight, mean_scale)
-    if ste in _BITS_ALONE:
-        return y, kept, x.new_empty(0, dtype=torch.int8), means
-    return y, kept, torch.empty(x.shape, dtype=torch.int8, **form), means
-
-
-class _SignConv2d(torch.autograd.Function):
-    """What autograd records: the operator without autograd, and `_backward`.
-
-    Not by torch.library.register_autograd, which spends ten times as much a call on an operator
-    with this many arguments.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output: tuple[Tensor, ...]
-        output = ops.call("sign_conv2d_no_grad", *_of_no_grad(inputs))
-        _save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, grads[0]), *[None] * 6
-
-
-class _SignConv2dKernel(torch.autograd.Function):
-    """The same, where the dispatcher would do no more than call the kernel.
-
-    Autograd takes time for each input and output: what is no tensor comes as one, and what backward
-    keeps is not returned.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        *tensors, others = inputs
-        flat = (*tensors, *others)
-        output = _sign_conv2d(*_of_no_grad(flat))
-        _save(ctx, flat, output)
-        return output[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, grad)
-
-
-def _of_no_grad(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments of sign_conv2d_no_grad among those of sign_conv2d."""
-    return *inputs[:8], *inputs[9:14]
-
-
 def _autograd(*inputs: Any) -> Any:
     """What the dispatcher calls for autograd, which it spares where there is nothing to record.
 
     A trace of that holds the operator itself, so that gradients can still pass what is traced.
     """
     if wants_gradient(*inputs[:6], inputs[8]) or forward_ad._current_level >= 0:
-        return _SignConv2d.apply(*inputs)  # type: ignore[no-untyped-call]
+        return _SignConv2d.apply(*inputs[:9], inputs[9:])  # type: ignore[no-untyped-call]
     with torch._C._AutoDispatchBelowAutograd():
-        return ops.call("sign_conv2d", *inputs)
+        return _operator(*inputs)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, scale, _, residual, _, progress, _, geometry, _, mean_scale, *estimators = inputs
-    _, bits, codes, means = output
-    ctx.set_materialize_grads(False)  # Bits have no gradient, not one of zeros.
-    ctx.save_for_backward(bits, codes, weight, means if mean_scale else scale, progress)
-    ctx.geometry = geometry
-    ctx.dtypes = x.dtype, None if residual is None else residual.dtype
-    ctx.estimators = estimators
-
-
-def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of the tensors among the arguments, and None."""
-    if grad is None:
-        return (None,) * 10
     bits, codes, weight, scale, progress = ctx.saved_tensors
     of_x, of_weight = (None, None) if progress is None else progress
     name, parameter, weight_name, weight_parameter = ctx.estimators
@@ -304,7 +215,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.needs_input_grad[:9]
     )
     x_dtype, residual_dtype = ctx.dtypes
-    call = _caller(grad, bits, weight)
+    native = _is_native(grad)
     of_signs, of_weight_signs = _sign_gradients(
         grad,
         bits[0],
@@ -312,9 +223,9 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         scale,
         ctx.geometry,
         (needs_x or needs_shift, needs_weight or needs_leaf or needs_scale),
-        call,
+        native,
     )
-    grad_x = _let_through(ste, of_signs, bits, codes, call)
+    grad_x = _let_through(ste, of_signs, bits, codes, native)
     grad_shift = grad_x.sum((0, 2, 3), dtype=torch.float32) if needs_shift else None
     grad_scale = None
     if needs_scale:
@@ -323,7 +234,7 @@ def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_weight = None
     if needs_weight or needs_leaf:
         dtype = torch.float32 if needs_leaf else weight.dtype
-        grad_weight = _weight_gradient(weight_ste, of_weight_signs, weight, scale, dtype, call)
+        grad_weight = _weight_gradient(weight_ste, of_weight_signs, weight, scale, dtype, native)
     return (
         grad_x.to(x_dtype) if needs_x else None,
         grad_weight if needs_weight else None,
@@ -345,14 +256,14 @@ def _sign_gradients(
     scale: Tensor | None,
     geometry: Sequence[int],
     needs: tuple[bool, bool],
-    call: Caller | None,
+    native: bool,
 ) -> tuple[Any, Any]:
     """convT(grad, scale * sign(weight)) and corr(grad, sign(x))."""
     if not any(needs):
         return None, None
     stride, (top, left, bottom, right), dilation, groups, pad_value = ops.geometry_parts(geometry)
     channels = weight.shape[1] * groups
-    signs, filters = _operands(bits, weight, scale, channels, grad.dtype, call)
+    signs, filters = _operands(bits, weight, scale, channels, grad.dtype, native)
     padded = pad_value != 0 or (top, left) != (bottom, right)
     if padded:
         pads = (left, right, top, bottom)
@@ -375,14 +286,12 @@ def _sign_gradients(
     return grad_x, grad_weight
 
 
-def _caller(*tensors: Tensor) -> Caller | None:
-    """How backward calls operators; None for steps in PyTorch alone.
+def _is_native(grad: Tensor) -> bool:
+    """Whether backward calls the operators made for it, not steps in PyTorch alone.
 
     Those a compiler fuses, and they can be differentiated once more.
     """
-    if torch.is_grad_enabled() or ops.is_traced(tensors[0]):
-        return None
-    return ops.caller(*tensors)
+    return not (torch.is_grad_enabled() or ops.is_traced(grad))
 
 
 def _operands(
@@ -391,12 +300,12 @@ def _operands(
     scale: Tensor | None,
     channels: int,
     dtype: torch.dtype,
-    call: Caller | None,
+    native: bool,
 ) -> tuple[Tensor, Tensor]:
     """The signs of x, in channels_last, and scale * sign(weight)."""
-    if call is not None:
+    if native:
         operands: tuple[Tensor, Tensor]
-        operands = call("sign_conv2d_operands", bits, weight, scale, channels, dtype)
+        operands = ops.sign_conv2d_operands(bits, weight, scale, channels, dtype)
         return operands
     signs = torch.where(_ones(bits, channels), 1.0, -1.0).to(dtype)
     return signs, _scaled_signs(weight, scale, dtype)
@@ -416,17 +325,17 @@ def _scaled_signs(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> T
 
 
 def _let_through(
-    estimator: Estimator, grad: Any, bits: Tensor, codes: Tensor, call: Caller | None
+    estimator: Estimator, grad: Any, bits: Tensor, codes: Tensor | None, native: bool
 ) -> Any:
     """The product grad * g(x + shift), from what was kept of g; grad may become it."""
     if grad is None or isinstance(estimator, Identity):
         return grad
     if not isinstance(estimator, Clip):
         return grad * codes * (estimator.peak / LEVELS)
-    if call is None:
+    if not native:
         return torch.where(_ones(bits[1], grad.shape[1]), grad, 0)
     grad = grad.contiguous(memory_format=ops.memory_format(grad))
-    call("mask_values", grad, bits[1])
+    ops.mask_values(grad, bits[1])
     return grad
 
 
@@ -436,13 +345,13 @@ def _weight_gradient(
     weight: Tensor,
     scale: Tensor | None,
     dtype: torch.dtype,
-    call: Caller | None,
+    native: bool,
 ) -> Tensor:
     """The product scale * of_signs * h(weight)."""
     is_clip = isinstance(estimator, Clip)
-    if call is not None and (is_clip or isinstance(estimator, Identity)):
-        limit = min(estimator.parameter, ops.LARGEST) if is_clip else math.inf
-        y: Tensor = call("weight_gradient", of_signs, weight, scale, limit, dtype)
+    if native and (is_clip or isinstance(estimator, Identity)):
+        limit = min(estimator.parameter, LARGEST) if is_clip else math.inf
+        y: Tensor = ops.weight_gradient(of_signs, weight, scale, limit, dtype)
         return y
     y = of_signs.float() if scale is None else of_signs * scale.view(-1, 1, 1, 1)
     if is_clip:
@@ -452,18 +361,19 @@ def _weight_gradient(
     return y.to(dtype)
 
 
-_OPERATORS: list[tuple[str, Any, Any]] = [
-    ("sign_conv2d_no_grad", _sign_conv2d, _fake_sign_conv2d),
-    (
-        "sign_conv2d",
-        lambda *inputs: _sign_conv2d(*_of_no_grad(inputs)),
-        lambda *inputs: _fake_sign_conv2d(*_of_no_grad(inputs)),
-    ),
-]
-for _name, _function, _fake in _OPERATORS:
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _function, _key)
-    torch.library.register_fake(f"binconv::{_name}", _fake, lib=_library)
-    ops.kernels[_name] = _function
-_library.impl("sign_conv2d", _autograd, "Autograd")
-_library.impl("sign_conv2d_no_grad", torch.library.fallthrough_kernel, "Autograd")
+def _fake_sign_conv2d(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
+    geometry, out_dtype = others[7:9]
+    batch, _, *in_sizes = x.shape
+    sizes = ops.out_sizes(batch, in_sizes, weight.shape, *ops.geometry_parts(geometry)[:3])
+    return torch.empty(sizes, dtype=out_dtype, device=x.device, memory_format=ops.memory_format(x))
+
+
+_operator = ops.define(
+    "sign_conv2d(Tensor x, Tensor weight, Tensor? shift, Tensor? scale, Tensor? bias, "
+    "Tensor? residual, Tensor? prepared, Tensor? progress, Tensor? leaf, int[10] geometry, "
+    "ScalarType out_dtype, bool mean_scale, str ste, float ste_parameter, str weight_ste, "
+    "float weight_ste_parameter) -> Tensor",
+    _fake_sign_conv2d,
+    kernel=lambda *inputs: _convolve(inputs[:9], inputs[9:])[0],
+    autograd=_autograd,
+)

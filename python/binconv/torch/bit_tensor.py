@@ -49,7 +49,7 @@ class BitTensor:
             raise ValueError(
                 f"dtype: got {dtype!r}, expected torch.float32, float16, bfloat16 or int8"
             )
-        values: Tensor = ops.call("unpack_bits", self.data, self.channels, dtype)
+        values: Tensor = ops.unpack_bits(self.data, self.channels, dtype)
         return values
 
     def __repr__(self) -> str:

@@ -209,7 +209,7 @@ class BinaryConv2dCutlass(nn.Module):
         count = self._weight_shape.numel()
         pixel = self.qweight.detach().flatten()
         pixel = nn.functional.pad(pixel, (0, -len(pixel) % 16)).view(1, 1, 1, -1)
-        signs: Tensor = ops.call("unpack_bits", pixel, count, torch.int8)
+        signs: Tensor = ops.unpack_bits(pixel, count, torch.int8)
         return signs.reshape(self._weight_shape)
 
     def _prepared(self) -> Tensor:
@@ -222,8 +222,8 @@ class BinaryConv2dCutlass(nn.Module):
             if self._kept is not None and source.is_same(self._kept[0]):
                 return self._kept[1]
         values = self._signs() if self.weight is None else self.weight.detach()
-        packed = ops.call("pack_bits", values, 0.0, None)
-        prepared: Tensor = ops.call("prepare_weight", packed, self.in_channels, 1)
+        packed = ops.pack_bits(values, 0.0, None)
+        prepared: Tensor = ops.prepare_weight(packed, self.in_channels, 1)
         if source is not None:
             self._kept = source, prepared
         return prepared
@@ -252,7 +252,7 @@ class BinaryConv2dCutlass(nn.Module):
         if wants_gradient(x, self.bias_a, self.scale_a, self.weight, self._leaf_of_weight()):
             return self._forward_with_gradient(x)
         return packed_conv2d(
-            ops.call("pack_bits", x, 0.0, -self.bias_a.float()),
+            ops.pack_bits(x, 0.0, -self.bias_a.float()),
             self._prepared(),
             ops.packed_geometry(self._weight_shape, *self._geometry),
             x.dtype,

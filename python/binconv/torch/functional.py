@@ -58,7 +58,7 @@ def pack_bits(x: Tensor, threshold: float | Tensor | None = None) -> BitTensor:
     """
     check_tensor("x", x, VALUES, rank=4)
     value, per_channel = _threshold(threshold, x.shape[1], x.device)
-    return BitTensor(ops.call("pack_bits", x, value, per_channel), x.shape[1])
+    return BitTensor(ops.pack_bits(x, value, per_channel), x.shape[1])
 
 
 def pack_weight(w: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def prepare_weight(w: Tensor, groups: int = 1, in_channels: int | None = None) -
             raise ValueError(f"in_channels: got {in_channels}, expected w.shape[1] = {w.shape[1]}")
         in_channels = w.shape[1]
     out_channels, kernel_height, kernel_width, _ = packed.shape
-    data = ops.call("prepare_weight", packed, in_channels, groups)
+    data = ops.prepare_weight(packed, in_channels, groups)
     return PreparedWeight(data, (out_channels, in_channels, kernel_height, kernel_width), groups)
 
 
@@ -243,7 +243,7 @@ def _fused(
     if with_bits:
         x, weight = _packed(x, dtype), _prepared(weight, dtype, sizes)
         operands = x.data, weight.data, sizes.packed_geometry, dtype
-        out, bits = ops.call("packed_conv2d_with_bits", *operands, *epilogue_arguments)
+        out, bits = ops.packed_conv2d_with_bits(*operands, *epilogue_arguments)
         return out, BitTensor(bits, weight.shape[0])
     out = _without_autograd(x, weight, sizes, dtype, *epilogue_arguments)
     return BitTensor(out, weight.shape[0]) if dtype is None else out
@@ -267,7 +267,7 @@ def _without_autograd(
         return packed_conv2d(x.data, weight.data, *arguments)
     _refuse_lost_gradient("x", x, dtype, "a prepared weight")
     weight = _prepared(weight, dtype, sizes)
-    y: Tensor = ops.call("values_conv2d", x, None, weight.data, *arguments)
+    y: Tensor = ops.values_conv2d(x, None, weight.data, *arguments)
     return y
 
 
@@ -275,7 +275,7 @@ def _packed(x: Tensor | BitTensor, dtype: torch.dtype | None) -> BitTensor:
     if isinstance(x, BitTensor):
         return x
     _refuse_lost_gradient("x", x, dtype, "a prepared weight")
-    return BitTensor(ops.call("pack_bits", x, 0.0, None), x.shape[1])
+    return BitTensor(ops.pack_bits(x, 0.0, None), x.shape[1])
 
 
 def _prepared(
@@ -311,7 +311,11 @@ def _convolve(
         return sign_conv2d(
             x, weight, sizes.geometry, dtype, scale=scale, bias=bias, residual=residual
         )
-    y: Tensor = ops.call("conv2d", x, weight, None, *sizes.geometry, *factors, dtype)
+    geometry = ops.flat_geometry(*sizes.geometry)
+    y: Tensor
+    y, *_ = ops.sign_conv2d_no_grad(
+        x, weight, None, *factors, None, geometry, dtype, mean_scale=False, clip=None
+    )
     return y
 
 
@@ -373,7 +377,7 @@ def _bits_of(y: Tensor, limits: tuple[float, Tensor | None], below: Tensor | Non
             per_channel = torch.full_like(flip, value, dtype=torch.float32)
         per_channel = torch.where(flip, -per_channel, per_channel)
         y = torch.where(_column(flip), -y, y)
-    return BitTensor(ops.call("pack_bits", y, value, per_channel), y.shape[1])
+    return BitTensor(ops.pack_bits(y, value, per_channel), y.shape[1])
 
 
 def _checked_residual(

@@ -196,8 +196,7 @@ class BinaryConv2d(nn.Conv2d):
                 weight_ste=self.weight_ste if leaf is None else IDENTITY,
             )
         operands = x, None if shift is None else -shift, self._prepared_or_new(prepared)
-        y: Tensor = ops.call(
-            "values_conv2d",
+        y: Tensor = ops.values_conv2d(
             *operands,
             ops.packed_geometry(self.weight.shape, *self._geometry),
             x.dtype,
@@ -254,7 +253,7 @@ class BinaryConv2d(nn.Conv2d):
         rows = self._scales()
         if not rows:
             return _float(self.scale)
-        scale: Tensor = ops.call("abs_mean", self.weight.detach(), rows)
+        scale: Tensor = ops.abs_mean(self.weight.detach(), rows)
         return scale if rows == self.out_channels else scale.expand(self.out_channels).contiguous()
 
     def _keeps_weight(self) -> bool:
@@ -271,8 +270,7 @@ class BinaryConv2d(nn.Conv2d):
             self._allocate()
         assert self._prepared is not None
         with torch.no_grad():
-            ops.call(
-                "refresh_weight",
+            ops.refresh_weight(
                 self.weight,
                 self.groups,
                 self.weight_scale == "channel",

@@ -1,9 +1,10 @@
 """The operators torch.ops.binconv, on the current CUDA stream or torch's CPU threads.
 
-Registered with `torch.library.Library` rather than `custom_op`, which costs three times as much a
-call. Sizes are lists of ints in the order of the C++ library: stride and dilation (height, width),
-padding (top, left, bottom, right); operators on packed bits take them in one list, which is quicker
-(`packed_geometry`). An `out_dtype` of None stands for packed bits.
+Their kernels are those of the extension module, which PyTorch calls without Python; here are their
+schemas, what they make of shapes alone, and gradients. Sizes are lists of ints in the order of the
+C++ library: stride and dilation (height, width), padding (top, left, bottom, right); operators take
+them in one list, `geometry` (flat_geometry), behind a weight's shape where none is given
+(packed_geometry). An `out_dtype` of None stands for packed bits.
 """
 
 from __future__ import annotations
@@ -12,55 +13,19 @@ import functools
 import operator
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils.dlpack import to_dlpack  # type: ignore[attr-defined]
 
 import binconv
+from binconv._binconv import register_operators
 
 T = TypeVar("T")
 
 _library = torch.library.Library("binconv", "DEF")
-
-_GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups, int pad_value"
-_EPILOGUE = "Tensor? scale, Tensor? bias, Tensor? residual"
-_CONV2D = (
-    "Tensor prepared, int[14] geometry, ScalarType? out_dtype, bool channels_last, "
-    "Tensor? scale=None, Tensor? bias=None, Tensor? residual=None, "
-    "bool clamp=False, bool activation=False, "
-    "Tensor? in_shift=None, Tensor? slope=None, Tensor? out_shift=None, "
-    "float threshold=0.0, Tensor? channel_threshold=None, Tensor? threshold_below=None"
-)
-
-_library.define("pack_bits(Tensor x, float threshold, Tensor? channel_threshold) -> Tensor")
-_library.define("unpack_bits(Tensor packed, int channels, ScalarType dtype) -> Tensor")
-_library.define("abs_mean(Tensor x, int rows) -> Tensor")
-_library.define("prepare_weight(Tensor packed, int in_channels, int groups) -> Tensor")
-_library.define(
-    "refresh_weight(Tensor weight, int groups, bool per_channel, Tensor(a!) prepared, "
-    "Tensor(b!) scale, Tensor stamp) -> ()"
-)
-_library.define(f"packed_conv2d(Tensor packed, {_CONV2D}) -> Tensor")
-_library.define(f"packed_conv2d_no_grad(Tensor packed, {_CONV2D}) -> Tensor")
-_library.define(f"packed_conv2d_with_bits(Tensor packed, {_CONV2D}) -> (Tensor, Tensor)")
-_library.define(f"values_conv2d(Tensor x, Tensor? input_threshold, {_CONV2D}) -> Tensor")
-_library.define(
-    f"conv2d(Tensor x, Tensor weight, Tensor? prepared, {_GEOMETRY}, {_EPILOGUE}, "
-    "ScalarType out_dtype) -> Tensor"
-)
-_library.define(
-    "sign_conv2d_operands(Tensor bits, Tensor weight, Tensor? scale, int channels, "
-    "ScalarType dtype) -> (Tensor, Tensor)"
-)
-_library.define("mask_values(Tensor(a!) x, Tensor bits) -> ()")
-_library.define(
-    "weight_gradient(Tensor gradient, Tensor weight, Tensor? scale, float limit, "
-    "ScalarType dtype) -> Tensor"
-)
 
 
 def memoized(function: Callable[..., T]) -> Callable[..., T]:
@@ -79,39 +44,15 @@ def memoized(function: Callable[..., T]) -> Callable[..., T]:
     return recall
 
 
-def call(name: str, *arguments: Any) -> Any:
-    """The operator of that name, or its kernel where the dispatcher would do no more than call it.
+def is_plain_call(arguments: Sequence[Any]) -> bool:
+    """Whether the dispatcher would hand these to autograd and a kernel, and do nothing else.
 
-    The dispatcher alone takes the host as long as all the rest of a convolution's call.
-    """
-    return caller(*arguments)(name, *arguments)
-
-
-def caller(*arguments: Any) -> Callable[..., Any]:
-    """The same as a function of a name and arguments, for several calls on such arguments."""
-    return _call_kernel if reaches_kernel(arguments) else _dispatch
-
-
-def _call_kernel(name: str, *arguments: Any) -> Any:
-    return kernels[name](*arguments)
-
-
-def _dispatch(name: str, *arguments: Any) -> Any:
-    return getattr(torch.ops.binconv, name).default(*arguments)
-
-
-def reaches_kernel(arguments: Sequence[Any]) -> bool:
-    """Whether the dispatcher would hand these to an operator's kernel and do nothing else.
-
-    Not so where a mode, a transform or a tracer is on, a profiler wants the operator's name, or a
-    tensor is more than an array on the CPU or a GPU: a subclass, a lazy negative and so on.
-    Autograd, which does nothing unless a gradient is wanted, is left to the caller.
+    Not so where a mode, a transform or a tracer is on, or a tensor is more than an array on the CPU
+    or a GPU: a subclass, a lazy negative and so on.
     """
     if torch.compiler.is_compiling():
         return False
     if torch._C._dispatch_tls_local_include_set().raw_repr() not in _PLAIN_STATES:
-        return False
-    if torch._C._autograd._profiler_enabled():
         return False
     for x in arguments:  # noqa: SIM110, as all() is slower
         if isinstance(x, Tensor) and not _is_plain(x):
@@ -144,18 +85,6 @@ _PLAIN_TENSORS = {
 }
 
 
-def _queue(x: Tensor) -> dict[str, Any]:
-    """Where to run: the keyword arguments of the neutral functions for a tensor's device."""
-    if x.is_cuda:
-        return {"stream": torch._C._cuda_getCurrentRawStream(x.get_device()), "threads": None}
-    return {"stream": None, "threads": torch.get_num_threads()}
-
-
-def _ordinal(x: Tensor) -> int | None:
-    """The argument `device` of the neutral functions for a tensor's device."""
-    return x.device.index if x.is_cuda else None
-
-
 def is_channels_last(x: Tensor) -> bool:
     """Whether x lies in memory as NHWC and not also as NCHW."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
@@ -164,36 +93,6 @@ def is_channels_last(x: Tensor) -> bool:
 def memory_format(x: Tensor) -> torch.memory_format:
     """Of what shall lie in memory as x does."""
     return torch.channels_last if is_channels_last(x) else torch.contiguous_format
-
-
-def _bits(x: Tensor) -> Tensor:
-    """Packed or prepared bits as the kernels read them: contiguous and aligned to 16 bytes."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def _dense(x: Tensor) -> tuple[Tensor, Literal["nchw", "nhwc"]]:
-    """The array behind a tensor, as its memory lies, and the layout that this makes it."""
-    if is_channels_last(x):
-        return x.permute(0, 2, 3, 1), "nhwc"
-    return x.contiguous(), "nchw"
-
-
-def _array(x: Tensor | None) -> Any:
-    """A tensor for the neutral functions, which take a capsule in a fifth of a tensor's time."""
-    return None if x is None else to_dlpack(x)
-
-
-def _pack_bits(x: Tensor, threshold: float, channel_threshold: Tensor | None) -> Tensor:
-    array, layout = _dense(x)
-    packed = _new_packed(x.shape, x)
-    limit = _limit(threshold, channel_threshold)
-    binconv.pack_bits(_array(array), _array(packed), layout=layout, threshold=limit, **_queue(x))
-    return packed
-
-
-def _limit(threshold: float, channel_threshold: Tensor | None) -> Any:
-    return threshold if channel_threshold is None else _array(channel_threshold)
 
 
 def _new_packed(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -214,22 +113,9 @@ def _fake_pack_bits(x: Tensor, threshold: float, channel_threshold: Tensor | Non
     return _new_packed(x.shape, x)
 
 
-def _unpack_bits(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    out = _fake_unpack_bits(packed, channels, dtype)
-    array = _array(out.permute(0, 2, 3, 1))
-    binconv.unpack_bits(_array(_bits(packed)), array, layout="nhwc", **_queue(packed))
-    return out
-
-
 def _fake_unpack_bits(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     out = torch.empty((*packed.shape[:3], channels), dtype=dtype, device=packed.device)
     return out.permute(0, 3, 1, 2)
-
-
-def _abs_mean(x: Tensor, rows: int) -> Tensor:
-    out = _fake_abs_mean(x, rows)
-    binconv.abs_mean(_array(x.contiguous()), _array(out), **_queue(x))
-    return out
 
 
 def _fake_abs_mean(x: Tensor, rows: int) -> Tensor:
@@ -246,22 +132,14 @@ def _weight_shape(shape: Sequence[int], groups: int) -> binconv.WeightShape:
 
 def new_prepared(shape: Sequence[int], groups: int, like: Tensor) -> Tensor:
     """Memory for the prepared form of a weight of this shape, on the device of `like`."""
-    size = _prepared_bytes(shape, groups, _ordinal(like))
+    ordinal = like.device.index if like.is_cuda else None
+    size = _prepared_bytes(shape, groups, ordinal)
     return torch.empty(size, dtype=torch.uint8, device=like.device)
 
 
 @memoized
 def _prepared_bytes(shape: Sequence[int], groups: int, device: int | None) -> int:
     return binconv.prepared_weight_bytes(_weight_shape(shape, groups), device=device)
-
-
-def _prepare_weight(packed: Tensor, in_channels: int, groups: int) -> Tensor:
-    out_channels, kernel_height, kernel_width, _ = packed.shape
-    shape = (out_channels, in_channels, kernel_height, kernel_width)
-    prepared = new_prepared(shape, groups, packed)
-    arrays = _array(_bits(packed)), _array(prepared)
-    binconv.prepare_weight(_weight_shape(shape, groups), *arrays, **_queue(packed))
-    return prepared
 
 
 def _fake_prepare_weight(packed: Tensor, in_channels: int, groups: int) -> Tensor:
@@ -280,15 +158,19 @@ def _refresh_weight(
     with _refreshing:  # Else one thread could rewrite what another one already uses.
         if source is not None and source.is_same(getattr(stamp, "_binconv_source", None)):
             return
-        packed = _pack_bits(weight, 0.0, None)
-        shape = _weight_shape(weight.shape, groups)
-        binconv.prepare_weight(shape, _array(packed), _array(prepared), **_queue(weight))
+        prepared.copy_(prepare_weight(pack_bits(weight, 0.0, None), weight.shape[1], groups))
         if scale.numel():
-            scale.copy_(_abs_mean(weight, scale.numel() if per_channel else 1))
+            scale.copy_(abs_mean(weight, scale.numel() if per_channel else 1))
         stamp._binconv_source = source  # type: ignore[attr-defined]
 
 
 _refreshing = threading.Lock()
+
+
+def refresh_weight(weight: Tensor, *others: Any) -> None:
+    """The operator, or its kernel where the dispatcher would only take time to call Python."""
+    refresh = _refresh_weight if is_plain_call((weight,)) else _refresh_operator
+    refresh(weight, *others)
 
 
 class _Identity:
@@ -338,153 +220,6 @@ def geometry_parts(geometry: Sequence[int]) -> tuple[Any, Any, Any, int, int]:
     if len(geometry) != 10:
         raise ValueError(f"geometry: got {len(geometry)} numbers behind a weight's, expected 10")
     return geometry[:2], geometry[2:6], geometry[6:8], geometry[8], geometry[9]
-
-
-def _shape(
-    batch: int, in_sizes: Sequence[int], geometry: Sequence[int]
-) -> tuple[binconv.Conv2dShape, tuple[int, int, int, int]]:
-    """All sizes of a convolution, and those of its result; geometry with a weight's shape."""
-    stride, padding, dilation, groups, pad_value = geometry_parts(geometry[4:])
-    height, width = in_sizes
-    shape = binconv.Conv2dShape(
-        batch,
-        height,
-        width,
-        _weight_shape(geometry[:4], groups),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        pad_value=pad_value,
-    )
-    return shape, (batch, geometry[0], shape.out_height, shape.out_width)
-
-
-_Plan = tuple[binconv.Conv2dShape, tuple[int, int, int, int], int]
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(
-    packed_shape: torch.Size, geometry: tuple[int, ...], device: int | None, threads: int | None
-) -> _Plan:
-    """What depends on sizes alone: all of them, those of the result, bytes of scratch memory."""
-    batch, *in_sizes, _ = packed_shape
-    shape, sizes = _shape(batch, in_sizes, geometry)
-    return shape, sizes, binconv.workspace_bytes(shape, device=device, threads=threads)
-
-
-@functools.lru_cache(maxsize=1024)
-def _values_plan(
-    x_shape: torch.Size, geometry: tuple[int, ...], device: int | None, threads: int | None
-) -> _Plan:
-    """The same for values."""
-    batch, _, *in_sizes = x_shape
-    shape, sizes = _shape(batch, in_sizes, geometry)
-    return shape, sizes, binconv.workspace_bytes(shape, values=True, device=device, threads=threads)
-
-
-@functools.lru_cache(maxsize=1024)
-def _sign_plan(
-    x_shape: torch.Size,
-    geometry: tuple[int, ...],
-    prepared: bool,
-    device: int | None,
-    threads: int | None,
-) -> _Plan:
-    """The same for sign_conv2d, with a weight that is prepared or not."""
-    batch, _, *in_sizes = x_shape
-    shape, sizes = _shape(batch, in_sizes, geometry)
-    scratch = binconv.sign_conv2d_bytes(shape, prepared=prepared, device=device, threads=threads)
-    return shape, sizes, scratch
-
-
-def _packed_conv2d(
-    packed: Tensor,
-    prepared: Tensor,
-    geometry: Sequence[int],
-    *others: Any,
-    bits: Tensor | None = None,
-) -> Tensor:
-    queue = _queue(packed)
-    plan = _plan(packed.shape, tuple(geometry), _ordinal(packed), queue["threads"])
-    array = to_dlpack(_bits(packed))
-    return _binary_conv2d(packed, plan, queue, {"input": array}, prepared, *others, bits=bits)
-
-
-def _values_conv2d(
-    x: Tensor,
-    input_threshold: Tensor | None,
-    prepared: Tensor,
-    geometry: Sequence[int],
-    *others: Any,
-) -> Tensor:
-    """The same for the bits x >= input_threshold, 0 if it is not given."""
-    queue = _queue(x)
-    plan = _values_plan(x.shape, tuple(geometry), _ordinal(x), queue["threads"])
-    array, layout = _dense(x)
-    source = {"input": to_dlpack(array), "input_layout": layout}
-    if input_threshold is not None:
-        source["input_threshold"] = to_dlpack(input_threshold)
-    return _binary_conv2d(x, plan, queue, source, prepared, *others)
-
-
-def _binary_conv2d(
-    like: Tensor,
-    plan: _Plan,
-    queue: dict[str, Any],
-    source: dict[str, Any],
-    prepared: Tensor,
-    out_dtype: torch.dtype | None,
-    channels_last: bool,
-    scale: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    clamp: bool = False,
-    activation: bool = False,
-    in_shift: Tensor | None = None,
-    slope: Tensor | None = None,
-    out_shift: Tensor | None = None,
-    threshold: float = 0.0,
-    channel_threshold: Tensor | None = None,
-    threshold_below: Tensor | None = None,
-    *,
-    bits: Tensor | None = None,
-) -> Tensor:
-    shape, sizes, scratch = plan
-    workspace = like.new_empty(scratch, dtype=torch.uint8) if scratch else None
-    out = _new_output(sizes, like, out_dtype, channels_last)
-    if residual is not None:
-        residual = _in_layout(residual, channels_last).contiguous()
-    makes_bits = out_dtype is None or bits is not None
-    binconv.binary_conv2d(
-        shape,
-        prepared_weight=to_dlpack(_bits(prepared)),
-        out=to_dlpack(out if out_dtype is None else _in_layout(out, channels_last)),
-        layout="nhwc" if channels_last else "nchw",
-        clamp=clamp,
-        scale=_array(scale),
-        bias=_array(bias),
-        residual=_array(residual),
-        activation=tuple(map(_array, (in_shift, slope, out_shift))) if activation else None,
-        threshold=_limit(threshold, channel_threshold) if makes_bits else None,
-        threshold_below=_array(threshold_below),
-        bits=_array(bits),
-        workspace=_array(workspace),
-        stream=queue["stream"],  # Quicker than **queue.
-        threads=queue["threads"],
-        **source,
-    )
-    return out
-
-
-def _packed_conv2d_with_bits(
-    packed: Tensor, prepared: Tensor, geometry: Sequence[int], *others: Any
-) -> tuple[Tensor, Tensor]:
-    bits = _new_packed(_out_sizes_of_bits(packed, geometry), packed)
-    return _packed_conv2d(packed, prepared, geometry, *others, bits=bits), bits
-
-
-def _in_layout(x: Tensor, channels_last: bool) -> Tensor:
-    return x.permute(0, 2, 3, 1) if channels_last else x
 
 
 def _new_output(
@@ -554,101 +289,25 @@ def _fake_packed_conv2d_with_bits(packed: Tensor, *others: Any) -> tuple[Tensor,
     return out, _new_packed(out.shape, packed)
 
 
-def _conv2d(
+def _fake_sign_conv2d_no_grad(
     x: Tensor,
     weight: Tensor,
+    threshold: Tensor | None,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
     prepared: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    pad_value: int,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
+    geometry: Sequence[int],
     out_dtype: torch.dtype,
-) -> Tensor:
-    """Convolution of the signs of x and weight; `prepared`, if given, is made from this weight.
-
-    Carries no gradient: that is sign_conv2d's part (autograd.py).
-    """
-    geometry = packed_geometry(weight.shape, stride, padding, dilation, groups, pad_value)
-    weight = weight if prepared is None else prepared
-    return sign_conv2d(x, weight, geometry, out_dtype, scale, bias, residual)[0]
-
-
-def sign_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    geometry: tuple[int, ...],
-    out_dtype: torch.dtype,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    threshold: Tensor | None = None,
-    limit: float | None = None,
-    mean_scale: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The convolution of values with a weight or prepared bits, and the bits of the values.
-
-    Those are (1 or 2, N, H, W, bytes): of x >= threshold, 0 if not given, and if there is a limit,
-    of |x - threshold| <= limit. One beyond float32 holds all of its finite numbers, as the largest
-    of them does. With mean_scale, scale becomes mean(|weight|) of each filter.
-    """
-    queue = _queue(x)
-    is_prepared = weight.dtype == torch.uint8
-    shape, sizes, scratch = _sign_plan(
-        x.shape, geometry, is_prepared, _ordinal(x), queue["threads"]
-    )
-    channels_last = is_channels_last(x)
-    x_array, layout = _dense(x)
-    if is_prepared:
-        weight_array, weight_layout = _bits(weight), layout  # Which it has none of.
-    else:
-        weight_array, weight_layout = _dense(weight)
-    bits = x.new_empty((1 if limit is None else 2, *_packed_sizes(x.shape)), dtype=torch.uint8)
-    out = _new_output(sizes, x, out_dtype, channels_last)
-    if residual is not None:
-        residual = _in_layout(residual, channels_last).contiguous()
-    clip = {} if limit is None else {"inside": _array(bits[1]), "limit": min(limit, LARGEST)}
-    binconv.sign_conv2d(
-        shape,
-        to_dlpack(x_array),
-        to_dlpack(weight_array),
-        to_dlpack(bits[0]),
-        to_dlpack(_in_layout(out, channels_last)),
-        to_dlpack(x.new_empty(scratch, dtype=torch.uint8)),
-        layout=layout,
-        weight_layout=weight_layout,
-        threshold=_array(threshold),
-        scale=_array(scale),
-        mean_scale=mean_scale,
-        bias=_array(bias),
-        residual=_array(residual),
-        **clip,
-        **queue,
-    )
-    return out, bits
-
-
-LARGEST = torch.finfo(torch.float32).max
-
-
-def _sign_conv2d_operands(
-    bits: Tensor, weight: Tensor, scale: Tensor | None, channels: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The signs of x, (N, C, H, W) in channels_last, and scale * sign(weight)."""
-    signs, filters = _fake_sign_conv2d_operands(bits, weight, scale, channels, dtype)
-    binconv.sign_conv2d_operands(
-        to_dlpack(bits),
-        to_dlpack(_dense(weight)[0]),
-        to_dlpack(signs.permute(0, 2, 3, 1)),
-        to_dlpack(_dense(filters)[0]),
-        layout="nhwc",
-        scale=_array(scale),
-        **_queue(bits),
-    )
-    return signs, filters
+    mean_scale: bool,
+    clip: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result; bits (1 or 2, N, H, W, bytes), of x >= threshold and |x - threshold| <= clip."""
+    batch, _, *in_sizes = x.shape
+    sizes = out_sizes(batch, in_sizes, weight.shape, *geometry_parts(geometry)[:3])
+    out = _new_output(sizes, x, out_dtype, is_channels_last(x))
+    bits = x.new_empty((1 if clip is None else 2, *_packed_sizes(x.shape)), dtype=torch.uint8)
+    return out, bits, x.new_empty(weight.shape[0] if mean_scale else 0, dtype=torch.float32)
 
 
 def _fake_sign_conv2d_operands(
@@ -662,45 +321,10 @@ def _new_as(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
 
 
-def _mask_values(x: Tensor, bits: Tensor) -> None:
-    """In place; x is dense."""
-    array, layout = _dense(x)
-    binconv.mask_values(to_dlpack(array), to_dlpack(bits), layout=layout, **_queue(x))
-
-
-def _weight_gradient(
-    gradient: Tensor, weight: Tensor, scale: Tensor | None, limit: float, dtype: torch.dtype
-) -> Tensor:
-    out = _new_as(weight, dtype)
-    binconv.weight_gradient(
-        to_dlpack(_dense(gradient.contiguous(memory_format=memory_format(weight)))[0]),
-        to_dlpack(_dense(weight)[0]),
-        to_dlpack(_dense(out)[0]),
-        scale=_array(scale),
-        limit=limit,
-        **_queue(weight),
-    )
-    return out
-
-
 def _fake_weight_gradient(
     gradient: Tensor, weight: Tensor, scale: Tensor | None, limit: float, dtype: torch.dtype
 ) -> Tensor:
     return _new_as(weight, dtype)
-
-
-def _fake_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    prepared: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    *others: Any,
-) -> Tensor:
-    *_, out_dtype = others
-    sizes = out_sizes(x.shape[0], x.shape[2:], weight.shape, stride, padding, dilation)
-    return _new_output(sizes, x, out_dtype, is_channels_last(x))
 
 
 def _epilogue_gradients(
@@ -733,41 +357,92 @@ def _packed_conv2d_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | N
     needs_scale, needs_bias = (*ctx.needs_input_grad, False, False)[5:7]
     acc = None
     if needs_scale:
-        acc = torch.ops.binconv.packed_conv2d_no_grad.default(
+        acc = packed_conv2d_no_grad(
             packed, prepared, ctx.geometry, torch.float32, ctx.channels_last
         )
     gradients = _epilogue_gradients(grad, acc, bias if needs_bias else None, residual)
     return *[None] * 5, *gradients, *[None] * 8
 
 
-_OPERATORS: list[tuple[str, Callable[..., Any], Callable[..., Any]]] = [
-    ("pack_bits", _pack_bits, _fake_pack_bits),
-    ("unpack_bits", _unpack_bits, _fake_unpack_bits),
-    ("abs_mean", _abs_mean, _fake_abs_mean),
-    ("prepare_weight", _prepare_weight, _fake_prepare_weight),
-    ("refresh_weight", _refresh_weight, lambda *_: None),
-    ("packed_conv2d", _packed_conv2d, _fake_packed_conv2d),
-    ("packed_conv2d_no_grad", _packed_conv2d, _fake_packed_conv2d),
-    ("packed_conv2d_with_bits", _packed_conv2d_with_bits, _fake_packed_conv2d_with_bits),
-    ("values_conv2d", _values_conv2d, _fake_values_conv2d),
-    ("conv2d", _conv2d, _fake_conv2d),
-    ("sign_conv2d_operands", _sign_conv2d_operands, _fake_sign_conv2d_operands),
-    ("mask_values", _mask_values, lambda *_: None),
-    ("weight_gradient", _weight_gradient, _fake_weight_gradient),
-]
-for _name, _function, _fake in _OPERATORS:
-    for _key in ("CPU", "CUDA"):
-        _library.impl(_name, _function, _key)
-    torch.library.register_fake(f"binconv::{_name}", _fake, lib=_library)
-kernels = {_name: _function for _name, _function, _ in _OPERATORS}
-for _name in (
-    "packed_conv2d_no_grad",
-    "packed_conv2d_with_bits",
-    "values_conv2d",
-    "sign_conv2d_operands",
-    "weight_gradient",
-):
-    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+def define(
+    schema: str,
+    fake: Callable[..., Any],
+    *,
+    kernel: Callable[..., Any] | None = None,
+    autograd: Callable[..., Any] | None = torch.library.fallthrough_kernel,
+) -> Any:
+    """The operator of this schema.
+
+    fake: makes its results from shapes alone.
+    kernel: where it is in Python.
+    autograd: its kernel for autograd, which passes it by unless given. None is PyTorch's own, which
+        tells when a gradient gets lost.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    torch.library.register_fake(f"binconv::{name}", fake, lib=_library)
+    for key, function in (("CPU", kernel), ("CUDA", kernel), ("Autograd", autograd)):
+        if function is not None:
+            _library.impl(name, function, key)
+    return getattr(torch.ops.binconv, name).default
+
+
+_CONV2D = (
+    "Tensor prepared, int[14] geometry, ScalarType? out_dtype, bool channels_last, "
+    "Tensor? scale=None, Tensor? bias=None, Tensor? residual=None, "
+    "bool clamp=False, bool activation=False, "
+    "Tensor? in_shift=None, Tensor? slope=None, Tensor? out_shift=None, "
+    "float threshold=0.0, Tensor? channel_threshold=None, Tensor? threshold_below=None"
+)
+
+register_operators()
+pack_bits = define(
+    "pack_bits(Tensor x, float threshold, Tensor? channel_threshold) -> Tensor", _fake_pack_bits
+)
+unpack_bits = define(
+    "unpack_bits(Tensor packed, int channels, ScalarType dtype) -> Tensor", _fake_unpack_bits
+)
+abs_mean = define("abs_mean(Tensor x, int rows) -> Tensor", _fake_abs_mean, autograd=None)
+prepare_weight = define(
+    "prepare_weight(Tensor packed, int in_channels, int groups) -> Tensor", _fake_prepare_weight
+)
+_refresh_operator = define(
+    "refresh_weight(Tensor weight, int groups, bool per_channel, Tensor(a!) prepared, "
+    "Tensor(b!) scale, Tensor stamp) -> ()",
+    lambda *_: None,
+    kernel=_refresh_weight,
+    autograd=None,
+)
+packed_conv2d = define(
+    f"packed_conv2d(Tensor packed, {_CONV2D}) -> Tensor", _fake_packed_conv2d, autograd=None
+)
+packed_conv2d_no_grad = define(
+    f"packed_conv2d_no_grad(Tensor packed, {_CONV2D}) -> Tensor", _fake_packed_conv2d
+)
+packed_conv2d_with_bits = define(
+    f"packed_conv2d_with_bits(Tensor packed, {_CONV2D}) -> (Tensor, Tensor)",
+    _fake_packed_conv2d_with_bits,
+)
+values_conv2d = define(
+    f"values_conv2d(Tensor x, Tensor? input_threshold, {_CONV2D}) -> Tensor", _fake_values_conv2d
+)
+sign_conv2d_no_grad = define(
+    "sign_conv2d_no_grad(Tensor x, Tensor weight, Tensor? threshold, Tensor? scale, Tensor? bias, "
+    "Tensor? residual, Tensor? prepared, int[10] geometry, ScalarType out_dtype, bool mean_scale, "
+    "float? clip) -> (Tensor, Tensor, Tensor)",
+    _fake_sign_conv2d_no_grad,
+)
+sign_conv2d_operands = define(
+    "sign_conv2d_operands(Tensor bits, Tensor weight, Tensor? scale, int channels, "
+    "ScalarType dtype) -> (Tensor, Tensor)",
+    _fake_sign_conv2d_operands,
+)
+mask_values = define("mask_values(Tensor(a!) x, Tensor bits) -> ()", lambda *_: None, autograd=None)
+weight_gradient = define(
+    "weight_gradient(Tensor gradient, Tensor weight, Tensor? scale, float limit, "
+    "ScalarType dtype) -> Tensor",
+    _fake_weight_gradient,
+)
 torch.library.register_autograd(
     "binconv::packed_conv2d",
     _packed_conv2d_backward,

@@ -1,0 +1,300 @@
+#include "tensor.h"
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <numeric>
+
+namespace binconv::python {
+namespace {
+
+using Failure = int32_t;  // 0 for none.
+using LibraryHandle = class TorchLibraryOpaque*;
+
+// The version of the interface that is declared here, 2.10.
+constexpr uint64_t kInterfaceVersion = uint64_t{2} << 56 | uint64_t{10} << 48;
+
+struct Interface {
+  Failure (*aoti_torch_delete_tensor_object)(TensorHandle);
+  Failure (*aoti_torch_new_tensor_handle)(TensorHandle, TensorHandle*);
+  Failure (*aoti_torch_get_dim)(TensorHandle, int64_t*);
+  Failure (*aoti_torch_get_sizes)(TensorHandle, int64_t**);
+  Failure (*aoti_torch_get_strides)(TensorHandle, int64_t**);
+  Failure (*aoti_torch_get_dtype)(TensorHandle, int32_t*);
+  Failure (*aoti_torch_get_device_type)(TensorHandle, int32_t*);
+  Failure (*aoti_torch_get_device_index)(TensorHandle, int32_t*);
+  Failure (*aoti_torch_get_data_ptr)(TensorHandle, void**);
+  Failure (*aoti_torch_empty_strided)(int64_t dimensions, const int64_t* sizes,
+                                      const int64_t* strides, int32_t dtype, int32_t device_type,
+                                      int32_t device_index, TensorHandle*);
+  Failure (*torch_list_size)(ListHandle, size_t*);
+  Failure (*torch_list_get_item)(ListHandle, size_t, StableIValue*);
+  Failure (*torch_delete_list)(ListHandle);
+  Failure (*torch_call_dispatcher)(const char* name, const char* overload, StableIValue* stack,
+                                   uint64_t version);
+  Failure (*torch_get_num_threads)(uint32_t*);
+  Failure (*aoti_torch_library_init_impl)(const char* library, const char* dispatch_key,
+                                          const char* file, uint32_t line, LibraryHandle*);
+  Failure (*torch_library_impl)(LibraryHandle, const char* name, BoxedKernel, uint64_t version);
+  int32_t (*aoti_torch_dtype_float32)();
+  int32_t (*aoti_torch_dtype_float16)();
+  int32_t (*aoti_torch_dtype_bfloat16)();
+  int32_t (*aoti_torch_dtype_int8)();
+  int32_t (*aoti_torch_dtype_int32)();
+  int32_t (*aoti_torch_dtype_uint8)();
+  int32_t (*aoti_torch_device_type_cpu)();
+  int32_t (*aoti_torch_device_type_cuda)();
+  int32_t (*aoti_torch_memory_format_contiguous_format)();
+  int32_t (*aoti_torch_memory_format_channels_last)();
+  Failure (*aoti_torch_get_current_cuda_stream)(int32_t device, void**);  // Null without CUDA.
+};
+
+Interface torch;
+LibraryHandle libraries[2];  // Of kernels on the CPU and on CUDA; they are never unregistered.
+
+template <class Function>
+bool find(void* library, const char* name, Function*& function) {
+  function = reinterpret_cast<Function*>(dlsym(library, name));
+  return function != nullptr;
+}
+
+// Of a call in which PyTorch has already found fault with something; it keeps the text to itself.
+void check(Failure failure, const std::string& what = "an argument") {
+  if (failure != 0) throw Error(Status::kCudaError, "torch: got a failure with " + what);
+}
+
+struct TypePair {
+  DataType type;
+  int32_t dtype;
+};
+
+const std::vector<TypePair>& types() {
+  static const std::vector<TypePair> pairs = {
+      {DataType::kFloat32, torch.aoti_torch_dtype_float32()},
+      {DataType::kFloat16, torch.aoti_torch_dtype_float16()},
+      {DataType::kBFloat16, torch.aoti_torch_dtype_bfloat16()},
+      {DataType::kInt8, torch.aoti_torch_dtype_int8()},
+      {DataType::kInt32, torch.aoti_torch_dtype_int32()},
+      {DataType::kBits, torch.aoti_torch_dtype_uint8()},
+  };
+  return pairs;
+}
+
+int32_t dtype_of(DataType type) {
+  const auto is_it = [&](const TypePair& pair) { return pair.type == type; };
+  return std::find_if(types().begin(), types().end(), is_it)->dtype;
+}
+
+// (N, C, H, W) to (N, H, W, C).
+std::vector<int64_t> to_nhwc(const std::vector<int64_t>& nchw) {
+  return {nchw[0], nchw[2], nchw[3], nchw[1]};
+}
+
+bool is_contiguous(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return true;
+  int64_t stride = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    if (sizes[i] > 1 && strides[i] != stride) return false;
+    stride *= sizes[i];
+  }
+  return true;
+}
+
+std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) {
+    strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  }
+  return strides;
+}
+
+}  // namespace
+
+void load_torch() {
+  void* library = dlopen("libtorch.so", RTLD_NOW | RTLD_NOLOAD);
+  const auto found = [&] {
+#define FIND(name) find(library, #name, torch.name)
+    find(library, "aoti_torch_get_current_cuda_stream", torch.aoti_torch_get_current_cuda_stream);
+    return FIND(aoti_torch_delete_tensor_object) && FIND(aoti_torch_new_tensor_handle) &&
+           FIND(aoti_torch_get_dim) && FIND(aoti_torch_get_sizes) && FIND(aoti_torch_get_strides) &&
+           FIND(aoti_torch_get_dtype) && FIND(aoti_torch_get_device_type) &&
+           FIND(aoti_torch_get_device_index) && FIND(aoti_torch_get_data_ptr) &&
+           FIND(aoti_torch_empty_strided) && FIND(torch_list_size) && FIND(torch_list_get_item) &&
+           FIND(torch_delete_list) && FIND(torch_call_dispatcher) && FIND(torch_get_num_threads) &&
+           FIND(aoti_torch_library_init_impl) && FIND(torch_library_impl) &&
+           FIND(aoti_torch_dtype_float32) && FIND(aoti_torch_dtype_float16) &&
+           FIND(aoti_torch_dtype_bfloat16) && FIND(aoti_torch_dtype_int8) &&
+           FIND(aoti_torch_dtype_int32) && FIND(aoti_torch_dtype_uint8) &&
+           FIND(aoti_torch_device_type_cpu) && FIND(aoti_torch_device_type_cuda) &&
+           FIND(aoti_torch_memory_format_contiguous_format) &&
+           FIND(aoti_torch_memory_format_channels_last);
+#undef FIND
+  };
+  if (!library || !found()) {
+    throw Error(Status::kNotSupported, "torch: got none or an old one, expected 2.10 or later");
+  }
+  check(torch.aoti_torch_library_init_impl("binconv", "CPU", __FILE__, __LINE__, &libraries[0]));
+  check(torch.aoti_torch_library_init_impl("binconv", "CUDA", __FILE__, __LINE__, &libraries[1]));
+}
+
+void register_kernel(const char* name, BoxedKernel kernel) {
+  for (LibraryHandle library : libraries) {
+    check(torch.torch_library_impl(library, name, kernel, kInterfaceVersion));
+  }
+}
+
+DataType Dtype::type(const char* name) const {
+  for (const TypePair& pair : types()) {
+    if (pair.dtype == code) return pair.type;
+  }
+  fail(name, ": got PyTorch's dtype number ", code,
+       ", expected float32, float16, bfloat16, int8, int32 or uint8");
+}
+
+Tensor::~Tensor() {
+  if (handle_) torch.aoti_torch_delete_tensor_object(handle_);
+}
+
+std::vector<int64_t> Tensor::sizes() const {
+  int64_t rank, *sizes;
+  check(torch.aoti_torch_get_dim(handle_, &rank));
+  check(torch.aoti_torch_get_sizes(handle_, &sizes));
+  return {sizes, sizes + rank};
+}
+
+std::vector<int64_t> Tensor::strides() const {
+  int64_t rank, *strides;
+  check(torch.aoti_torch_get_dim(handle_, &rank));
+  check(torch.aoti_torch_get_strides(handle_, &strides));
+  return {strides, strides + rank};
+}
+
+void* Tensor::data() const {
+  void* data;
+  check(torch.aoti_torch_get_data_ptr(handle_, &data));
+  return data;
+}
+
+Device Tensor::device() const {
+  int32_t type, index;
+  check(torch.aoti_torch_get_device_type(handle_, &type));
+  if (type != torch.aoti_torch_device_type_cuda()) return {};
+  check(torch.aoti_torch_get_device_index(handle_, &index));
+  return {index};
+}
+
+Dtype Tensor::dtype() const {
+  Dtype dtype;
+  check(torch.aoti_torch_get_dtype(handle_, &dtype.code));
+  return dtype;
+}
+
+bool Tensor::is_channels_last() const {
+  return !is_dense(Layout::kNCHW) && is_dense(Layout::kNHWC);
+}
+
+bool Tensor::is_dense(Layout layout) const {
+  const auto shape = sizes(), steps = strides();
+  if (layout == Layout::kNCHW) return is_contiguous(shape, steps);
+  return shape.size() == 4 && is_contiguous(to_nhwc(shape), to_nhwc(steps));
+}
+
+Tensor Tensor::copied(Layout layout) const {
+  const int32_t format = layout == Layout::kNCHW
+                             ? torch.aoti_torch_memory_format_contiguous_format()
+                             : torch.aoti_torch_memory_format_channels_last();
+  TensorHandle self;
+  check(torch.aoti_torch_new_tensor_handle(handle_, &self));
+  StableIValue stack[2] = {};
+  std::memcpy(&stack[0], &self, sizeof(self));
+  auto* memory_format = new StableIValue(0);  // Which the call frees.
+  std::memcpy(memory_format, &format, sizeof(format));
+  std::memcpy(&stack[1], &memory_format, sizeof(memory_format));
+  check(torch.torch_call_dispatcher("aten::clone", "", stack, kInterfaceVersion));
+  TensorHandle copy;
+  std::memcpy(&copy, &stack[0], sizeof(copy));
+  return Tensor(copy);
+}
+
+Tensor Tensor::new_empty(const std::vector<int64_t>& sizes, DataType type, Layout layout) const {
+  std::vector<int64_t> strides;
+  if (layout == Layout::kNCHW) {
+    strides = contiguous_strides(sizes);
+  } else {
+    const auto nhwc = contiguous_strides(to_nhwc(sizes));
+    strides = {nhwc[0], nhwc[3], nhwc[1], nhwc[2]};
+  }
+  const Device where = device();
+  const int32_t device_type =
+      where.cuda ? torch.aoti_torch_device_type_cuda() : torch.aoti_torch_device_type_cpu();
+  TensorHandle handle;
+  const Failure failure = torch.aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype_of(type), device_type,
+      where.cuda.value_or(0), &handle);
+  check(failure, "memory for a result, which may be too little on " + where.str());
+  return Tensor(handle);
+}
+
+Array Tensor::array(const char* name, Layout layout) const {
+  auto shape = sizes(), steps = strides();
+  if (layout == Layout::kNHWC) {
+    if (shape.size() != 4) fail(name, ": got ", shape.size(), " dimensions, expected 4");
+    shape = to_nhwc(shape);
+    steps = to_nhwc(steps);
+  }
+  return dense_array(name, data(), dtype().type(name), device(), shape, steps);
+}
+
+Place Tensor::place() const {
+  const Device where = device();
+  if (where.cuda) {
+    void* stream;
+    check(torch.aoti_torch_get_current_cuda_stream(*where.cuda, &stream));
+    return {.stream = reinterpret_cast<uintptr_t>(stream)};
+  }
+  uint32_t threads;
+  check(torch.torch_get_num_threads(&threads));
+  return {.threads = static_cast<int>(threads)};
+}
+
+std::optional<StableIValue> Stack::optional() {
+  auto* const pointer = bits_as<StableIValue*>(*next_++);
+  if (!pointer) return std::nullopt;
+  const StableIValue value = *pointer;
+  delete pointer;
+  return value;
+}
+
+std::optional<Tensor> Stack::optional_tensor() {
+  const auto value = optional();
+  if (!value) return std::nullopt;
+  return Tensor(bits_as<TensorHandle>(*value));
+}
+
+std::vector<int64_t> Stack::ints() {
+  const auto list = bits_as<ListHandle>(*next_++);
+  size_t count;
+  check(torch.torch_list_size(list, &count));
+  std::vector<int64_t> values(count);
+  for (size_t i = 0; i < count; ++i) {
+    StableIValue item;
+    check(torch.torch_list_get_item(list, i, &item));
+    values[i] = bits_as<int64_t>(item);
+  }
+  check(torch.torch_delete_list(list));
+  return values;
+}
+
+std::optional<double> Stack::optional_number() {
+  const auto value = optional();
+  if (!value) return std::nullopt;
+  return bits_as<double>(*value);
+}
+
+std::optional<Dtype> Stack::optional_dtype() {
+  const auto value = optional();
+  if (!value) return std::nullopt;
+  return Dtype{bits_as<int32_t>(*value)};
+}
+
+}  // namespace binconv::python
