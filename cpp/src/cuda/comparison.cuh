@@ -25,39 +25,34 @@ struct Comparison {
   float threshold;
 };
 
-template <class Pair, class T>
-__device__ uint32_t compare_pairs(const Piece<T>& piece, const Pair& threshold) {
-  uint32_t bits = 0;
+// Of a type with a vector of two, whose instructions compare pairs.
+template <class T, class Pair>
+struct PairComparison {
+  __device__ explicit PairComparison(Pair threshold) : threshold(threshold) {}
+
+  __device__ uint32_t operator()(const Piece<T>& piece) const {
+    uint32_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < piece.kWords; ++i) {
-    const Pair& pair = reinterpret_cast<const Pair&>(piece.words[i]);
-    bits |= __hge2_mask(pair, threshold) & 0x20001u << 2 * i;
-  }
-  return bits | bits >> 16;
-}
-
-template <>
-struct Comparison<__half> {
-  __device__ explicit Comparison(float threshold)
-      : threshold(__half2half2(__float2half_ru(threshold))) {}
-
-  __device__ uint32_t operator()(const Piece<__half>& piece) const {
-    return compare_pairs(piece, threshold);
+    for (int i = 0; i < piece.kWords; ++i) {
+      const Pair& pair = reinterpret_cast<const Pair&>(piece.words[i]);
+      bits |= __hge2_mask(pair, threshold) & 0x20001u << 2 * i;
+    }
+    return bits | bits >> 16;
   }
 
-  __half2 threshold;
+  Pair threshold;
 };
 
 template <>
-struct Comparison<__nv_bfloat16> {
+struct Comparison<__half> : PairComparison<__half, __half2> {
   __device__ explicit Comparison(float threshold)
-      : threshold(__bfloat162bfloat162(__float2bfloat16_ru(threshold))) {}
+      : PairComparison(__half2half2(__float2half_ru(threshold))) {}
+};
 
-  __device__ uint32_t operator()(const Piece<__nv_bfloat16>& piece) const {
-    return compare_pairs(piece, threshold);
-  }
-
-  __nv_bfloat162 threshold;
+template <>
+struct Comparison<__nv_bfloat16> : PairComparison<__nv_bfloat16, __nv_bfloat162> {
+  __device__ explicit Comparison(float threshold)
+      : PairComparison(__bfloat162bfloat162(__float2bfloat16_ru(threshold))) {}
 };
 
 // Byte by byte: x < t where (x + 128) - (t + 128) borrows, which the high bits decide with the

@@ -1,5 +1,4 @@
 #include <cute/arch/copy_sm75.hpp>
-#include <cute/arch/mma_sm80.hpp>
 
 #include "check.h"
 #include "cuda/comparison.cuh"
@@ -8,6 +7,7 @@
 #include "cuda/divisor.cuh"
 #include "cuda/halo.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/mma_b1.cuh"
 #include "cuda/piece.cuh"
 #include "cuda/prepared_weight.h"
 #include "cuda/tile_epilogue.cuh"
@@ -18,8 +18,6 @@
 
 namespace binconv::cuda {
 namespace {
-
-using Multiply = cute::SM80_16x8x256_S32U1U1S32_TN_ANDPOPC;
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kWarpSize;
@@ -96,14 +94,6 @@ __device__ void pack_tile(const PointwiseConv& args, int32_t first) {
 // What a lane has of 16 pixels and 32 channels, and of 8 columns of ones.
 using Sums = int32_t[4 * (kColumnBlocks + 1)];
 
-__device__ void multiply(int32_t* d, const uint32_t (&a)[4], uint32_t low, uint32_t high) {
-  uint32_t sums[4];
-  Multiply::fma(sums[0], sums[1], sums[2], sums[3], a[0], a[1], a[2], a[3], low, high, d[0], d[1],
-                d[2], d[3]);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) d[i] = static_cast<int32_t>(sums[i]);
-}
-
 // pixel: the first of the warp's, in the tile. channel: the first of its channels.
 __device__ void multiply_run(const PointwiseConv& args, int32_t pixel, int32_t channel,
                              Sums& sums) {
@@ -123,9 +113,9 @@ __device__ void multiply_run(const PointwiseConv& args, int32_t pixel, int32_t c
 #pragma unroll
     for (int j = 0; j < kColumnBlocks; ++j) {
       const uint32_t* pair = words + (j * conv.chunks + chunk) * kWarpSize;
-      multiply(sums + 4 * j, a, pair[0], is_pair ? pair[kWarpSize] : 0);
+      mma_and_popcount(sums + 4 * j, a, pair[0], is_pair ? pair[kWarpSize] : 0);
     }
-    multiply(sums + 4 * kColumnBlocks, a, ~0u, ~0u);
+    mma_and_popcount(sums + 4 * kColumnBlocks, a, ~0u, ~0u);
   }
 }
 

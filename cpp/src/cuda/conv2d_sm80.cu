@@ -1,12 +1,12 @@
 #include <cute/arch/copy_sm75.hpp>
 #include <cute/arch/copy_sm80.hpp>
-#include <cute/arch/mma_sm80.hpp>
 
 #include "check.h"
 #include "cuda/conv2d_pointwise.h"
 #include "cuda/cuda.h"
 #include "cuda/halo.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/mma_b1.cuh"
 #include "cuda/prepared_weight.h"
 #include "cuda/tile_epilogue.cuh"
 
@@ -16,7 +16,6 @@
 namespace binconv::cuda {
 namespace {
 
-using Multiply = cute::SM80_16x8x256_S32U1U1S32_TN_ANDPOPC;
 using CopyAsync = cute::SM80_CP_ASYNC_CACHEGLOBAL_ZFILL<cute::uint128_t>;
 
 constexpr int kWarps = 16;
@@ -182,27 +181,20 @@ __device__ void multiply_pair(Accumulators& acc, const HaloConv& conv, const Uni
   uint32_t a[kRowBlocks][4];
 #pragma unroll
   for (int i = 0; i < kRowBlocks; ++i) load_matrices(halo + unit.rows[i], a[i]);
-  const auto multiply = [](int32_t* d, const uint32_t (&x)[4], uint32_t low, uint32_t high) {
-    uint32_t sums[4];
-    Multiply::fma(sums[0], sums[1], sums[2], sums[3], x[0], x[1], x[2], x[3], low, high, d[0], d[1],
-                  d[2], d[3]);
-#pragma unroll
-    for (int s = 0; s < 4; ++s) d[s] = static_cast<int32_t>(sums[s]);
-  };
 #pragma unroll
   for (int j = 0; j < kColumnBlocks; j += 2) {
     uint32_t b[4];
     load_matrices(weights + j * group_rows, b);
 #pragma unroll
     for (int i = 0; i < kRowBlocks; ++i) {
-      multiply(acc[i] + 4 * j, a[i], b[0], b[1]);
-      multiply(acc[i] + 4 * (j + 1), a[i], b[2], b[3]);
+      mma_and_popcount(acc[i] + 4 * j, a[i], b[0], b[1]);
+      mma_and_popcount(acc[i] + 4 * (j + 1), a[i], b[2], b[3]);
     }
   }
   // The bits of the pixels, but not of a lone tap's partner.
 #pragma unroll
   for (int i = 0; i < kRowBlocks; ++i) {
-    multiply(acc[i] + 4 * kColumnBlocks, a[i], ~0u, has_partner ? ~0u : 0);
+    mma_and_popcount(acc[i] + 4 * kColumnBlocks, a[i], ~0u, has_partner ? ~0u : 0);
   }
 }
 

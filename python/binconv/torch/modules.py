@@ -156,55 +156,60 @@ class BinaryConv2d(nn.Conv2d):
         """The convolution; see the class."""
         self._check_weight()
         self._check_input(x)
-        bias, shift = _float(self.bias), _float(self.shift)
-        leaf = self._leaf_of_weight()
-        trains = not isinstance(x, BitTensor) and wants_gradient(
-            x, self.weight, leaf, shift, self.scale, bias
-        )
-        mean_scale = False
-        if self._keeps_weight():
-            prepared, scale = self._kept_weight()
-        else:
-            mean_scale = trains and self.weight_scale == "channel"
-            prepared, scale = None, None if mean_scale else self._new_scale()
         if isinstance(x, BitTensor):
-            return packed_conv2d(
-                x.data,
-                self._prepared_or_new(prepared),
-                ops.packed_geometry(self.weight.shape, *self._geometry),
-                torch.float32,
-                True,
-                scale,
-                bias,
-            )
+            return self._convolve_bits(x)
         if self.padding_mode != "zeros":
             x = nn.functional.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
-        if trains:
-            return sign_conv2d(
-                x,
-                self.weight,
-                self._geometry,
-                x.dtype,
-                leaf=leaf,
-                shift=shift,
-                scale=scale,
-                mean_scale=mean_scale,
-                bias=bias,
-                prepared=prepared,
-                progress=_float(self.progress),
-                ste=self.ste,
-                weight_ste=self.weight_ste if leaf is None else IDENTITY,
-            )
-        operands = x, None if shift is None else -shift, self._prepared_or_new(prepared)
+        leaf = self._leaf_of_weight()
+        if wants_gradient(x, self.weight, leaf, self.shift, self.scale, self.bias):
+            return self._convolve_with_gradient(x, leaf)
+        return self._convolve_values(x)
+
+    def _convolve_bits(self, x: BitTensor) -> Tensor:
+        prepared, scale = self._prepared_weight()
+        geometry = ops.packed_geometry(self.weight.shape, *self._geometry)
+        return packed_conv2d(
+            x.data, prepared, geometry, torch.float32, True, scale, _float(self.bias)
+        )
+
+    def _convolve_values(self, x: Tensor) -> Tensor:
+        prepared, scale = self._prepared_weight()
+        shift = _float(self.shift)
         y: Tensor = ops.values_conv2d(
-            *operands,
+            x,
+            None if shift is None else -shift,
+            prepared,
             ops.packed_geometry(self.weight.shape, *self._geometry),
             x.dtype,
             ops.is_channels_last(x),
             scale,
-            bias,
+            _float(self.bias),
         )
         return y
+
+    def _convolve_with_gradient(self, x: Tensor, leaf: Tensor | None) -> Tensor:
+        prepared, scale, mean_scale = None, None, False
+        if self._keeps_weight():
+            prepared, scale = self._kept_weight()
+        elif self.weight_scale == "channel":
+            mean_scale = True
+        else:
+            scale = self._new_scale()
+        return sign_conv2d(
+            x,
+            self.weight,
+            self._geometry,
+            x.dtype,
+            leaf=leaf,
+            shift=_float(self.shift),
+            scale=scale,
+            mean_scale=mean_scale,
+            bias=_float(self.bias),
+            prepared=prepared,
+            progress=_float(self.progress),
+            ste=self.ste,
+            weight_ste=self.weight_ste if leaf is None else IDENTITY,
+        )
 
     def _leaf_of_weight(self) -> Tensor | None:
         if not torch.compiler.is_compiling():  # Which cannot look into the parameter itself.
@@ -214,10 +219,11 @@ class BinaryConv2d(nn.Conv2d):
                 self._leaf = leaf
         return self._leaf
 
-    def _prepared_or_new(self, prepared: Tensor | None) -> Tensor:
-        if prepared is not None:
-            return prepared
-        return prepare_weight(self.weight.detach(), self.groups).data
+    def _prepared_weight(self) -> tuple[Tensor, Tensor | None]:
+        """The weight's bits as the kernels read them, and its scale."""
+        if self._keeps_weight():
+            return self._kept_weight()
+        return prepare_weight(self.weight.detach(), self.groups).data, self._new_scale()
 
     def _check_weight(self) -> None:
         weight = self.weight
