@@ -216,11 +216,10 @@ class BinaryConv2dCutlass(nn.Module):
         """The bits as the kernels read them, made anew whenever their tensor has changed."""
         tensor = self.qweight if self.weight is None else self.weight
         assert tensor is not None
-        source = None
-        if not torch.compiler.is_compiling() and not tensor.is_inference():
-            source = ops._Source(tensor)
-            if self._kept is not None and source.is_same(self._kept[0]):
-                return self._kept[1]
+        can_keep = not torch.compiler.is_compiling() and not tensor.is_inference()
+        if can_keep and self._kept is not None and self._kept[0].is_still(tensor):
+            return self._kept[1]
+        source = ops.Source(tensor) if can_keep else None
         values = self._signs() if self.weight is None else self.weight.detach()
         packed = ops.pack_bits(values, 0.0, None)
         prepared: Tensor = ops.prepare_weight(packed, self.in_channels, 1)

@@ -111,6 +111,8 @@ class BinaryConv2d(nn.Conv2d):
         self._geometry = geometry_arguments(
             stride, pads, dilation, self.kernel_size, groups, pad_value
         )
+        self._weight_shape = (out_channels, in_channels // groups, *self.kernel_size)
+        self._packed_geometry = ops.packed_geometry(self._weight_shape, *self._geometry)
         like: dict[str, Any] = {"device": self.weight.device, "dtype": self.weight.dtype}
         learns_scale = weight_scale == "learnable"
         self.scale = nn.Parameter(torch.empty(out_channels, **like)) if learns_scale else None
@@ -167,9 +169,9 @@ class BinaryConv2d(nn.Conv2d):
 
     def _convolve_bits(self, x: BitTensor) -> Tensor:
         prepared, scale = self._prepared_weight()
-        geometry = ops.packed_geometry(self.weight.shape, *self._geometry)
+        bias = _float(self.bias)
         return packed_conv2d(
-            x.data, prepared, geometry, torch.float32, True, scale, _float(self.bias)
+            x.data, prepared, self._packed_geometry, torch.float32, True, scale, bias
         )
 
     def _convolve_values(self, x: Tensor) -> Tensor:
@@ -179,7 +181,7 @@ class BinaryConv2d(nn.Conv2d):
             x,
             None if shift is None else -shift,
             prepared,
-            ops.packed_geometry(self.weight.shape, *self._geometry),
+            self._packed_geometry,
             x.dtype,
             ops.is_channels_last(x),
             scale,
@@ -233,9 +235,10 @@ class BinaryConv2d(nn.Conv2d):
             raise ValueError(
                 "weight: got int8, expected floats or a BinaryParameter in training mode"
             )
-        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        if weight.shape != shape:
-            raise ValueError(f"weight: got shape {tuple(weight.shape)}, expected {shape}")
+        if weight.shape != self._weight_shape:
+            raise ValueError(
+                f"weight: got shape {tuple(weight.shape)}, expected {self._weight_shape}"
+            )
 
     def _check_input(self, x: Tensor | BitTensor) -> None:
         bits = isinstance(x, BitTensor)
@@ -275,15 +278,16 @@ class BinaryConv2d(nn.Conv2d):
         if self._kept_shape != self.weight.shape:
             self._allocate()
         assert self._prepared is not None
-        with torch.no_grad():
-            ops.refresh_weight(
-                self.weight,
-                self.groups,
-                self.weight_scale == "channel",
-                self._prepared,
-                self._scale,
-                self._stamp,
-            )
+        if not ops.is_fresh(self._stamp, self.weight):
+            with torch.no_grad():
+                ops.refresh_weight(
+                    self.weight,
+                    self.groups,
+                    self.weight_scale == "channel",
+                    self._prepared,
+                    self._scale,
+                    self._stamp,
+                )
         return self._prepared, self._scale if self._scales() else _float(self.scale)
 
     def _allocate(self) -> None:

@@ -50,9 +50,7 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
     Not so where a mode, a transform or a tracer is on, or a tensor is more than an array on the CPU
     or a GPU: a subclass, a lazy negative and so on.
     """
-    if torch.compiler.is_compiling():
-        return False
-    if torch._C._dispatch_tls_local_include_set().raw_repr() not in _PLAIN_STATES:
+    if not _is_plain_state():
         return False
     for x in arguments:  # noqa: SIM110, as all() is slower
         if isinstance(x, Tensor) and not _is_plain(x):
@@ -63,6 +61,12 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
 def is_traced(x: Tensor) -> bool:
     """Whether x stands for a tensor in a graph that is being made, and has no values."""
     return torch.compiler.is_compiling() or isinstance(x, (FakeTensor, FunctionalTensor))
+
+
+def _is_plain_state() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._dispatch_tls_local_include_set().raw_repr() in _PLAIN_STATES
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -154,23 +158,24 @@ def _refresh_weight(
 
     The stamp, an empty tensor on the CPU, remembers what they are made from.
     """
-    source = None if weight.is_inference() else _Source(weight)  # Inference keeps no version.
     with _refreshing:  # Else one thread could rewrite what another one already uses.
-        if source is not None and source.is_same(getattr(stamp, "_binconv_source", None)):
+        source: Source | None = getattr(stamp, "_binconv_source", None)
+        if source is not None and source.is_still(weight):
             return
         prepared.copy_(prepare_weight(pack_bits(weight, 0.0, None), weight.shape[1], groups))
         if scale.numel():
             scale.copy_(abs_mean(weight, scale.numel() if per_channel else 1))
+        source = None if weight.is_inference() else Source(weight)  # Inference keeps no version.
         stamp._binconv_source = source  # type: ignore[attr-defined]
 
 
 _refreshing = threading.Lock()
 
 
-def refresh_weight(weight: Tensor, *others: Any) -> None:
-    """The operator, or its kernel where the dispatcher would only take time to call Python."""
-    refresh = _refresh_weight if is_plain_call((weight,)) else _refresh_operator
-    refresh(weight, *others)
+def is_fresh(stamp: Tensor, weight: Tensor) -> bool:
+    """Whether refresh_weight would do nothing; in a trace, which must hold it, it always may."""
+    source: Source | None = getattr(stamp, "_binconv_source", None) if _is_plain_state() else None
+    return source is not None and source.is_still(weight)
 
 
 class _Identity:
@@ -180,7 +185,7 @@ class _Identity:
         return _Identity, ()
 
 
-class _Source:
+class Source:
     """What a weight was at one time: which tensor, in which memory, at which version."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -189,13 +194,14 @@ class _Source:
         self.identity = weight._binconv_identity  # type: ignore[attr-defined]
         self.version = weight._version
         self.memory = weight.detach()  # Kept, so that nothing else can lie at its address.
+        self.address = weight.data_ptr()
 
-    def is_same(self, other: _Source | None) -> bool:
+    def is_still(self, weight: Tensor) -> bool:
+        """Whether it is this weight now; not one made in inference mode."""
         return (
-            other is not None
-            and self.identity is other.identity
-            and self.version == other.version
-            and self.memory.data_ptr() == other.memory.data_ptr()
+            getattr(weight, "_binconv_identity", None) is self.identity
+            and weight._version == self.version
+            and weight.data_ptr() == self.address
         )
 
 
@@ -406,7 +412,7 @@ abs_mean = define("abs_mean(Tensor x, int rows) -> Tensor", _fake_abs_mean, auto
 prepare_weight = define(
     "prepare_weight(Tensor packed, int in_channels, int groups) -> Tensor", _fake_prepare_weight
 )
-_refresh_operator = define(
+refresh_weight = define(
     "refresh_weight(Tensor weight, int groups, bool per_channel, Tensor(a!) prepared, "
     "Tensor(b!) scale, Tensor stamp) -> ()",
     lambda *_: None,
