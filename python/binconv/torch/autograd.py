@@ -115,9 +115,10 @@ def packed_conv2d(
 
 def wants_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd records what is computed from these."""
-    for tensor in tensors:  # Quicker than any().
-        if tensor is not None and tensor.requires_grad:
-            return torch.is_grad_enabled()
+    if torch.is_grad_enabled():
+        for tensor in tensors:  # Quicker than any().
+            if tensor is not None and tensor.requires_grad:
+                return True
     return False
 
 

@@ -50,10 +50,11 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
     Not so where a mode, a transform or a tracer is on, or a tensor is more than an array on the CPU
     or a GPU: a subclass, a lazy negative and so on.
     """
-    if not _is_plain_state():
+    # Torch functions are also those of a mode that is on.
+    if not _is_plain_state() or torch.overrides.has_torch_function(arguments):
         return False
-    for x in arguments:  # noqa: SIM110, as all() is slower
-        if isinstance(x, Tensor) and not _is_plain(x):
+    for x in arguments:
+        if isinstance(x, Tensor) and torch._C._dispatch_keys(x).raw_repr() not in _PLAIN_TENSORS:
             return False
     return True
 
@@ -67,12 +68,6 @@ def _is_plain_state() -> bool:
     if torch.compiler.is_compiling():
         return False
     return torch._C._dispatch_tls_local_include_set().raw_repr() in _PLAIN_STATES
-
-
-def _is_plain(x: Tensor) -> bool:
-    if torch.overrides.has_torch_function_unary(x):  # Also where a function mode is on.
-        return False
-    return torch._C._dispatch_keys(x).raw_repr() in _PLAIN_TENSORS
 
 
 def _key_set(*names: str) -> int:
