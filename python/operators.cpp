@@ -33,15 +33,14 @@ struct Image {
   Image(const char* name, Tensor x)
       : layout(x.is_channels_last() ? Layout::kNHWC : Layout::kNCHW),
         tensor(dense(std::move(x), layout)),
-        array(tensor.array(name, layout)),
-        sizes(tensor.sizes()) {
+        array(tensor.array(name, layout)) {
     array.expect_rank(4);
   }
+  const Sizes& sizes() const { return tensor.sizes(); }
 
   Layout layout;
   Tensor tensor;
   Array array;
-  Sizes sizes;
 };
 
 // Bits as the kernels read them.
@@ -95,7 +94,7 @@ void pack_bits(Stack& stack) {
   const double threshold = stack.number();
   const auto channel_threshold = stack.optional_tensor();
   const Image image("x", std::move(x));
-  Tensor packed = image.tensor.new_empty(packed_sizes(image.sizes), DataType::kBits);
+  Tensor packed = image.tensor.new_empty(packed_sizes(image.sizes()), DataType::kBits);
   pack_bits(image.array, image.layout, limit_of("threshold", threshold, channel_threshold),
             packed.array("packed"), {}, 0.0f, image.tensor.place());
   stack.give(std::move(packed));
@@ -169,7 +168,7 @@ struct Conv2dArguments {
 
 // Returns the result, or writes bits beside it.
 Tensor convolve(const Conv2dShape& shape, const Tensor& x, const InputArray& input,
-                Conv2dArguments& arguments, Tensor* bits = nullptr) {
+                Conv2dArguments& arguments, std::optional<Tensor>* bits = nullptr) {
   const Sizes sizes = out_sizes(shape);
   const bool to_bits = !arguments.out_dtype;
   const Layout layout = to_bits ? Layout::kNCHW : arguments.layout;
@@ -194,8 +193,8 @@ Tensor convolve(const Conv2dShape& shape, const Tensor& x, const InputArray& inp
     epilogue.threshold = limit_of("threshold", arguments.threshold, arguments.channel_threshold);
   }
   if (bits) {
-    *bits = x.new_empty(packed_sizes(sizes), DataType::kBits);
-    epilogue.bits = bits->array("bits");
+    bits->emplace(x.new_empty(packed_sizes(sizes), DataType::kBits));
+    epilogue.bits = (*bits)->array("bits");
   }
   std::optional<Tensor> memory;
   binary_conv2d(shape, input, prepared.array("prepared"), epilogue, out.array("out", layout),
@@ -206,7 +205,7 @@ Tensor convolve(const Conv2dShape& shape, const Tensor& x, const InputArray& inp
 struct PackedConv2d {
   explicit PackedConv2d(Stack& stack) : given(stack.tensor()), arguments(stack) {}
 
-  Tensor operator()(Tensor* bits = nullptr) {
+  Tensor operator()(std::optional<Tensor>* bits = nullptr) {
     const Tensor packed = aligned(std::move(given));
     const Array x = packed.array("packed");
     x.expect_rank(4);
@@ -225,9 +224,9 @@ void packed_conv2d(Stack& stack) {
 
 void packed_conv2d_with_bits(Stack& stack) {
   PackedConv2d call(stack);
-  Tensor bits(nullptr);
+  std::optional<Tensor> bits;
   stack.give(call(&bits));
-  stack.give(std::move(bits));
+  stack.give(std::move(*bits));
 }
 
 void values_conv2d(Stack& stack) {
@@ -235,7 +234,7 @@ void values_conv2d(Stack& stack) {
   const auto threshold = stack.optional_tensor();
   Conv2dArguments arguments(stack);
   const Image image("x", std::move(x));
-  const auto& n = image.sizes;
+  const Sizes& n = image.sizes();
   const Conv2dShape shape = shape_of(n[0], n[2], n[3], arguments.geometry);
   const InputArray input = {image.array, image.layout, limit_of("input_threshold", 0.0, threshold)};
   stack.give(convolve(shape, image.tensor, input, arguments));
@@ -277,15 +276,15 @@ Array bits_at(const Tensor& bits, int64_t index) {
 void sign_conv2d_no_grad(Stack& stack) {
   SignConv2dArguments given(stack);
   const Image x("x", std::move(given.x)), weight("weight", std::move(given.weight));
-  Sizes geometry = weight.sizes;
+  Sizes geometry = weight.sizes();
   geometry.insert(geometry.end(), given.geometry.begin(), given.geometry.end());
-  const Conv2dShape shape = shape_of(x.sizes[0], x.sizes[2], x.sizes[3], geometry);
+  const Conv2dShape shape = shape_of(x.sizes()[0], x.sizes()[2], x.sizes()[3], geometry);
   const Tensor& like = x.tensor;
-  Sizes bits_sizes = packed_sizes(x.sizes);
+  Sizes bits_sizes = packed_sizes(x.sizes());
   bits_sizes.insert(bits_sizes.begin(), given.clip ? 2 : 1);
   Tensor bits = like.new_empty(bits_sizes, DataType::kBits);
   Tensor out = like.new_empty(out_sizes(shape), given.out_dtype.type("out_dtype"), x.layout);
-  Tensor means = like.new_empty({given.mean_scale ? weight.sizes[0] : 0}, DataType::kFloat32);
+  Tensor means = like.new_empty({given.mean_scale ? weight.sizes()[0] : 0}, DataType::kFloat32);
   std::optional<Tensor> prepared, residual, memory;
   if (given.prepared) prepared.emplace(aligned(std::move(*given.prepared)));
   if (given.residual) residual.emplace(dense(std::move(*given.residual), x.layout));
@@ -325,7 +324,7 @@ void sign_conv2d_operands(Stack& stack) {
   const DataType type = dtype.type("dtype");
   const Sizes sizes = {of_bits.shape[0], channels, of_bits.shape[1], of_bits.shape[2]};
   Tensor signs = bits.new_empty(sizes, type, Layout::kNHWC);
-  Tensor filters = weight.tensor.new_empty(weight.sizes, type, weight.layout);
+  Tensor filters = weight.tensor.new_empty(weight.sizes(), type, weight.layout);
   sign_conv2d_operands(of_bits, weight.array, signs.array("signs", Layout::kNHWC),
                        filters.array("filters", weight.layout), Layout::kNHWC,
                        array_of("scale", scale), bits.place());
@@ -346,7 +345,7 @@ void weight_gradient(Stack& stack) {
   const Dtype dtype = stack.dtype();
   const Image weight("weight", std::move(values));
   const Tensor gradient = dense(std::move(of_signs), weight.layout);
-  Tensor out = weight.tensor.new_empty(weight.sizes, dtype.type("dtype"), weight.layout);
+  Tensor out = weight.tensor.new_empty(weight.sizes(), dtype.type("dtype"), weight.layout);
   weight_gradient(gradient.array("gradient", weight.layout), weight.array,
                   out.array("out", weight.layout), array_of("scale", scale),
                   static_cast<float>(limit), weight.tensor.place());

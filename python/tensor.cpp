@@ -3,7 +3,7 @@
 #include <dlfcn.h>
 
 #include <algorithm>
-#include <numeric>
+#include <string>
 
 namespace binconv::python {
 namespace {
@@ -14,39 +14,48 @@ using LibraryHandle = class TorchLibraryOpaque*;
 // The version of the interface that is declared here, 2.10.
 constexpr uint64_t kInterfaceVersion = uint64_t{2} << 56 | uint64_t{10} << 48;
 
+// The functions of the interface that are needed: result, name, parameters.
+#define BINCONV_TORCH_FUNCTIONS(FUNCTION)                                                    \
+  FUNCTION(Failure, aoti_torch_delete_tensor_object, (TensorHandle))                         \
+  FUNCTION(Failure, aoti_torch_new_tensor_handle, (TensorHandle, TensorHandle*))             \
+  FUNCTION(Failure, aoti_torch_get_dim, (TensorHandle, int64_t*))                            \
+  FUNCTION(Failure, aoti_torch_get_sizes, (TensorHandle, int64_t**))                         \
+  FUNCTION(Failure, aoti_torch_get_strides, (TensorHandle, int64_t**))                       \
+  FUNCTION(Failure, aoti_torch_get_dtype, (TensorHandle, int32_t*))                          \
+  FUNCTION(Failure, aoti_torch_get_device_type, (TensorHandle, int32_t*))                    \
+  FUNCTION(Failure, aoti_torch_get_device_index, (TensorHandle, int32_t*))                   \
+  FUNCTION(Failure, aoti_torch_get_data_ptr, (TensorHandle, void**))                         \
+  FUNCTION(Failure, aoti_torch_empty_strided,                                                \
+           (int64_t dimensions, const int64_t* sizes, const int64_t* strides, int32_t dtype, \
+            int32_t device_type, int32_t device_index, TensorHandle*))                       \
+  FUNCTION(Failure, torch_list_size, (ListHandle, size_t*))                                  \
+  FUNCTION(Failure, torch_list_get_item, (ListHandle, size_t index, StableIValue*))          \
+  FUNCTION(Failure, torch_delete_list, (ListHandle))                                         \
+  FUNCTION(Failure, torch_call_dispatcher,                                                   \
+           (const char* name, const char* overload, StableIValue* stack, uint64_t version))  \
+  FUNCTION(Failure, torch_get_num_threads, (uint32_t*))                                      \
+  FUNCTION(Failure, aoti_torch_library_init_impl,                                            \
+           (const char* library, const char* dispatch_key, const char* file, uint32_t line,  \
+            LibraryHandle*))                                                                 \
+  FUNCTION(Failure, torch_library_impl,                                                      \
+           (LibraryHandle, const char* name, BoxedKernel, uint64_t version))                 \
+  FUNCTION(int32_t, aoti_torch_dtype_float32, ())                                            \
+  FUNCTION(int32_t, aoti_torch_dtype_float16, ())                                            \
+  FUNCTION(int32_t, aoti_torch_dtype_bfloat16, ())                                           \
+  FUNCTION(int32_t, aoti_torch_dtype_int8, ())                                               \
+  FUNCTION(int32_t, aoti_torch_dtype_int32, ())                                              \
+  FUNCTION(int32_t, aoti_torch_dtype_uint8, ())                                              \
+  FUNCTION(int32_t, aoti_torch_device_type_cpu, ())                                          \
+  FUNCTION(int32_t, aoti_torch_device_type_cuda, ())                                         \
+  FUNCTION(int32_t, aoti_torch_memory_format_contiguous_format, ())                          \
+  FUNCTION(int32_t, aoti_torch_memory_format_channels_last, ())
+
 struct Interface {
-  Failure (*aoti_torch_delete_tensor_object)(TensorHandle);
-  Failure (*aoti_torch_new_tensor_handle)(TensorHandle, TensorHandle*);
-  Failure (*aoti_torch_get_dim)(TensorHandle, int64_t*);
-  Failure (*aoti_torch_get_sizes)(TensorHandle, int64_t**);
-  Failure (*aoti_torch_get_strides)(TensorHandle, int64_t**);
-  Failure (*aoti_torch_get_dtype)(TensorHandle, int32_t*);
-  Failure (*aoti_torch_get_device_type)(TensorHandle, int32_t*);
-  Failure (*aoti_torch_get_device_index)(TensorHandle, int32_t*);
-  Failure (*aoti_torch_get_data_ptr)(TensorHandle, void**);
-  Failure (*aoti_torch_empty_strided)(int64_t dimensions, const int64_t* sizes,
-                                      const int64_t* strides, int32_t dtype, int32_t device_type,
-                                      int32_t device_index, TensorHandle*);
-  Failure (*torch_list_size)(ListHandle, size_t*);
-  Failure (*torch_list_get_item)(ListHandle, size_t, StableIValue*);
-  Failure (*torch_delete_list)(ListHandle);
-  Failure (*torch_call_dispatcher)(const char* name, const char* overload, StableIValue* stack,
-                                   uint64_t version);
-  Failure (*torch_get_num_threads)(uint32_t*);
-  Failure (*aoti_torch_library_init_impl)(const char* library, const char* dispatch_key,
-                                          const char* file, uint32_t line, LibraryHandle*);
-  Failure (*torch_library_impl)(LibraryHandle, const char* name, BoxedKernel, uint64_t version);
-  int32_t (*aoti_torch_dtype_float32)();
-  int32_t (*aoti_torch_dtype_float16)();
-  int32_t (*aoti_torch_dtype_bfloat16)();
-  int32_t (*aoti_torch_dtype_int8)();
-  int32_t (*aoti_torch_dtype_int32)();
-  int32_t (*aoti_torch_dtype_uint8)();
-  int32_t (*aoti_torch_device_type_cpu)();
-  int32_t (*aoti_torch_device_type_cuda)();
-  int32_t (*aoti_torch_memory_format_contiguous_format)();
-  int32_t (*aoti_torch_memory_format_channels_last)();
+#define FUNCTION(result, name, parameters) result(*name) parameters;
+  BINCONV_TORCH_FUNCTIONS(FUNCTION)
+#undef FUNCTION
   Failure (*aoti_torch_get_current_cuda_stream)(int32_t device, void**);  // Null without CUDA.
+  const char* (*torch_exception_get_what_without_backtrace)();            // Null before 2.13.
 };
 
 Interface torch;
@@ -58,9 +67,24 @@ bool find(void* library, const char* name, Function*& function) {
   return function != nullptr;
 }
 
-// Of a call in which PyTorch has already found fault with something; it keeps the text to itself.
-void check(Failure failure, const std::string& what = "an argument") {
-  if (failure != 0) throw Error(Status::kCudaError, "torch: got a failure with " + what);
+bool find_functions() {
+  void* const library = dlopen("libtorch.so", RTLD_NOW | RTLD_NOLOAD);
+  if (!library) return false;
+  find(library, "aoti_torch_get_current_cuda_stream", torch.aoti_torch_get_current_cuda_stream);
+  find(library, "torch_exception_get_what_without_backtrace",
+       torch.torch_exception_get_what_without_backtrace);
+#define FUNCTION(result, name, parameters) find(library, #name, torch.name) &&
+  return BINCONV_TORCH_FUNCTIONS(FUNCTION) true;
+#undef FUNCTION
+}
+
+[[noreturn]] void fail_with(const std::string& what) {
+  const auto text = torch.torch_exception_get_what_without_backtrace;
+  throw Error(Status::kCudaError, "torch: got " + what + (text ? std::string(": ") + text() : ""));
+}
+
+void check(Failure failure) {
+  if (failure != 0) fail_with("an argument that it refuses");
 }
 
 struct TypePair {
@@ -111,26 +135,7 @@ std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
 }  // namespace
 
 void load_torch() {
-  void* library = dlopen("libtorch.so", RTLD_NOW | RTLD_NOLOAD);
-  const auto found = [&] {
-#define FIND(name) find(library, #name, torch.name)
-    find(library, "aoti_torch_get_current_cuda_stream", torch.aoti_torch_get_current_cuda_stream);
-    return FIND(aoti_torch_delete_tensor_object) && FIND(aoti_torch_new_tensor_handle) &&
-           FIND(aoti_torch_get_dim) && FIND(aoti_torch_get_sizes) && FIND(aoti_torch_get_strides) &&
-           FIND(aoti_torch_get_dtype) && FIND(aoti_torch_get_device_type) &&
-           FIND(aoti_torch_get_device_index) && FIND(aoti_torch_get_data_ptr) &&
-           FIND(aoti_torch_empty_strided) && FIND(torch_list_size) && FIND(torch_list_get_item) &&
-           FIND(torch_delete_list) && FIND(torch_call_dispatcher) && FIND(torch_get_num_threads) &&
-           FIND(aoti_torch_library_init_impl) && FIND(torch_library_impl) &&
-           FIND(aoti_torch_dtype_float32) && FIND(aoti_torch_dtype_float16) &&
-           FIND(aoti_torch_dtype_bfloat16) && FIND(aoti_torch_dtype_int8) &&
-           FIND(aoti_torch_dtype_int32) && FIND(aoti_torch_dtype_uint8) &&
-           FIND(aoti_torch_device_type_cpu) && FIND(aoti_torch_device_type_cuda) &&
-           FIND(aoti_torch_memory_format_contiguous_format) &&
-           FIND(aoti_torch_memory_format_channels_last);
-#undef FIND
-  };
-  if (!library || !found()) {
+  if (!find_functions()) {
     throw Error(Status::kNotSupported, "torch: got none or an old one, expected 2.10 or later");
   }
   check(torch.aoti_torch_library_init_impl("binconv", "CPU", __FILE__, __LINE__, &libraries[0]));
@@ -151,41 +156,33 @@ DataType Dtype::type(const char* name) const {
        ", expected float32, float16, bfloat16, int8, int32 or uint8");
 }
 
-Tensor::~Tensor() {
-  if (handle_) torch.aoti_torch_delete_tensor_object(handle_);
+void Tensor::Delete::operator()(TensorHandle handle) const {
+  torch.aoti_torch_delete_tensor_object(handle);
 }
 
-std::vector<int64_t> Tensor::sizes() const {
-  int64_t rank, *sizes;
-  check(torch.aoti_torch_get_dim(handle_, &rank));
-  check(torch.aoti_torch_get_sizes(handle_, &sizes));
-  return {sizes, sizes + rank};
-}
-
-std::vector<int64_t> Tensor::strides() const {
-  int64_t rank, *strides;
-  check(torch.aoti_torch_get_dim(handle_, &rank));
-  check(torch.aoti_torch_get_strides(handle_, &strides));
-  return {strides, strides + rank};
+Tensor::Tensor(TensorHandle handle) : handle_(handle) {
+  int64_t rank, *sizes, *strides;
+  check(torch.aoti_torch_get_dim(handle, &rank));
+  check(torch.aoti_torch_get_sizes(handle, &sizes));
+  check(torch.aoti_torch_get_strides(handle, &strides));
+  sizes_.assign(sizes, sizes + rank);
+  strides_.assign(strides, strides + rank);
+  int32_t type, index;
+  check(torch.aoti_torch_get_device_type(handle, &type));
+  if (type != torch.aoti_torch_device_type_cuda()) return;
+  check(torch.aoti_torch_get_device_index(handle, &index));
+  device_ = {index};
 }
 
 void* Tensor::data() const {
   void* data;
-  check(torch.aoti_torch_get_data_ptr(handle_, &data));
+  check(torch.aoti_torch_get_data_ptr(handle_.get(), &data));
   return data;
-}
-
-Device Tensor::device() const {
-  int32_t type, index;
-  check(torch.aoti_torch_get_device_type(handle_, &type));
-  if (type != torch.aoti_torch_device_type_cuda()) return {};
-  check(torch.aoti_torch_get_device_index(handle_, &index));
-  return {index};
 }
 
 Dtype Tensor::dtype() const {
   Dtype dtype;
-  check(torch.aoti_torch_get_dtype(handle_, &dtype.code));
+  check(torch.aoti_torch_get_dtype(handle_.get(), &dtype.code));
   return dtype;
 }
 
@@ -194,9 +191,8 @@ bool Tensor::is_channels_last() const {
 }
 
 bool Tensor::is_dense(Layout layout) const {
-  const auto shape = sizes(), steps = strides();
-  if (layout == Layout::kNCHW) return is_contiguous(shape, steps);
-  return shape.size() == 4 && is_contiguous(to_nhwc(shape), to_nhwc(steps));
+  if (layout == Layout::kNCHW) return is_contiguous(sizes_, strides_);
+  return sizes_.size() == 4 && is_contiguous(to_nhwc(sizes_), to_nhwc(strides_));
 }
 
 Tensor Tensor::copied(Layout layout) const {
@@ -204,7 +200,7 @@ Tensor Tensor::copied(Layout layout) const {
                              ? torch.aoti_torch_memory_format_contiguous_format()
                              : torch.aoti_torch_memory_format_channels_last();
   TensorHandle self;
-  check(torch.aoti_torch_new_tensor_handle(handle_, &self));
+  check(torch.aoti_torch_new_tensor_handle(handle_.get(), &self));
   StableIValue stack[2] = {};
   std::memcpy(&stack[0], &self, sizeof(self));
   auto* memory_format = new StableIValue(0);  // Which the call frees.
@@ -224,32 +220,31 @@ Tensor Tensor::new_empty(const std::vector<int64_t>& sizes, DataType type, Layou
     const auto nhwc = contiguous_strides(to_nhwc(sizes));
     strides = {nhwc[0], nhwc[3], nhwc[1], nhwc[2]};
   }
-  const Device where = device();
+  for (int64_t size : sizes) {
+    if (size < 0) fail("sizes: got ", size, " for one of a result, expected at least 0");
+  }
   const int32_t device_type =
-      where.cuda ? torch.aoti_torch_device_type_cuda() : torch.aoti_torch_device_type_cpu();
+      device_.cuda ? torch.aoti_torch_device_type_cuda() : torch.aoti_torch_device_type_cpu();
   TensorHandle handle;
   const Failure failure = torch.aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype_of(type), device_type,
-      where.cuda.value_or(0), &handle);
-  check(failure, "memory for a result, which may be too little on " + where.str());
+      device_.cuda.value_or(0), &handle);
+  if (failure != 0)
+    fail_with("no memory for a result on " + device_.str() + ", it may be out of memory");
   return Tensor(handle);
 }
 
 Array Tensor::array(const char* name, Layout layout) const {
-  auto shape = sizes(), steps = strides();
-  if (layout == Layout::kNHWC) {
-    if (shape.size() != 4) fail(name, ": got ", shape.size(), " dimensions, expected 4");
-    shape = to_nhwc(shape);
-    steps = to_nhwc(steps);
-  }
-  return dense_array(name, data(), dtype().type(name), device(), shape, steps);
+  const DataType type = dtype().type(name);
+  if (layout == Layout::kNCHW) return dense_array(name, data(), type, device_, sizes_, strides_);
+  if (sizes_.size() != 4) fail(name, ": got ", sizes_.size(), " dimensions, expected 4");
+  return dense_array(name, data(), type, device_, to_nhwc(sizes_), to_nhwc(strides_));
 }
 
 Place Tensor::place() const {
-  const Device where = device();
-  if (where.cuda) {
+  if (device_.cuda) {
     void* stream;
-    check(torch.aoti_torch_get_current_cuda_stream(*where.cuda, &stream));
+    check(torch.aoti_torch_get_current_cuda_stream(*device_.cuda, &stream));
     return {.stream = reinterpret_cast<uintptr_t>(stream)};
   }
   uint32_t threads;

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include "arrays.h"
@@ -37,20 +37,13 @@ struct Dtype {
 // A reference to one of PyTorch's tensors.
 class Tensor {
  public:
-  explicit Tensor(TensorHandle handle) : handle_(handle) {}
-  Tensor(Tensor&& other) noexcept : handle_(std::exchange(other.handle_, nullptr)) {}
-  Tensor& operator=(Tensor&& other) noexcept {
-    std::swap(handle_, other.handle_);
-    return *this;
-  }
-  ~Tensor();
+  explicit Tensor(TensorHandle handle);
 
-  TensorHandle release() { return std::exchange(handle_, nullptr); }
+  TensorHandle release() { return handle_.release(); }
 
-  std::vector<int64_t> sizes() const;
-  std::vector<int64_t> strides() const;
+  const std::vector<int64_t>& sizes() const { return sizes_; }
+  const Device& device() const { return device_; }
   void* data() const;
-  Device device() const;
   Dtype dtype() const;
 
   // Whether it lies in memory as NHWC and not also as NCHW.
@@ -72,7 +65,12 @@ class Tensor {
   Place place() const;
 
  private:
-  TensorHandle handle_;
+  struct Delete {
+    void operator()(TensorHandle handle) const;
+  };
+  std::unique_ptr<AtenTensorOpaque, Delete> handle_;
+  std::vector<int64_t> sizes_, strides_;
+  Device device_;
 };
 
 // What an operator is called with, taken in the order of its schema. Taking never throws and frees
