@@ -19,6 +19,11 @@ namespace nb = nanobind;
 
 inline constexpr int64_t kPackedAlignment = 16;
 
+inline constexpr std::initializer_list<DataType> kFloatTypes = {
+    DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16};
+inline constexpr std::initializer_list<DataType> kValueTypes = {
+    DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16, DataType::kInt8};
+
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;

@@ -6,9 +6,6 @@
 namespace binconv::python {
 namespace {
 
-constexpr auto kFloatTypes = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16};
-constexpr auto kValueTypes = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16,
-                              DataType::kInt8};
 constexpr auto kInputTypes = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16,
                               DataType::kInt8, DataType::kBits};
 constexpr auto kOutTypes = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16,
@@ -99,7 +96,10 @@ Epilogue epilogue_of(const EpilogueArrays& arrays, const Array& out, Layout layo
     expect_channels(*array, image.channels);
   }
   const Threshold threshold = threshold_of(arrays.threshold, image.channels);
-  if (arrays.threshold_below) arrays.threshold_below->expect_shape({image.channels});
+  if (arrays.threshold_below) {
+    arrays.threshold_below->expect_type(DataType::kBits);
+    arrays.threshold_below->expect_shape({image.channels});
+  }
   const bool to_bits = out.type == DataType::kBits;
   if (to_bits) layout = Layout::kNHWC;
   const auto dense = dense_shape(image, layout);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <span>
 #include <stdexcept>
 
 #include "calls.h"
@@ -24,16 +25,21 @@ Limit limit_of(const char* name, double value, const std::optional<Tensor>& per_
   return {static_cast<float>(value), array_of(name, per_channel)};
 }
 
-Tensor dense(Tensor x, Layout layout) {
+Tensor dense(const char* name, Tensor x, Layout layout) {
+  const size_t rank = x.sizes().size();
+  if (layout == Layout::kNHWC && rank != 4) {
+    fail(name, ": got ", rank, " dimensions, expected 4");
+  }
   return x.is_dense(layout) ? std::move(x) : x.copied(layout);
 }
 
-// An image as its memory lies, or a copy of one with gaps there.
+// An image of values as its memory lies, or a copy of one with gaps there.
 struct Image {
   Image(const char* name, Tensor x)
       : layout(x.is_channels_last() ? Layout::kNHWC : Layout::kNCHW),
-        tensor(dense(std::move(x), layout)),
+        tensor(dense(name, std::move(x), layout)),
         array(tensor.array(name, layout)) {
+    array.expect_type(kValueTypes);
     array.expect_rank(4);
   }
   const Sizes& sizes() const { return tensor.sizes(); }
@@ -43,10 +49,38 @@ struct Image {
   Array array;
 };
 
-// Bits as the kernels read them.
+// Packed bits as the kernels read them.
 Tensor aligned(Tensor bits) {
   const bool is_aligned = reinterpret_cast<uintptr_t>(bits.data()) % kPackedAlignment == 0;
   return is_aligned && bits.is_dense(Layout::kNCHW) ? std::move(bits) : bits.copied(Layout::kNCHW);
+}
+
+struct PackedImage {
+  PackedImage(const char* name, Tensor x)
+      : tensor(aligned(std::move(x))), array(tensor.array(name)) {
+    array.expect_type(DataType::kBits);
+    array.expect_rank(4);
+  }
+
+  Tensor tensor;
+  Array array;
+};
+
+// A number that fits into 31 bits, so that products of two fit into 63.
+int64_t checked(const char* name, int64_t value, int64_t least) {
+  if (value < least || value > std::numeric_limits<int32_t>::max()) {
+    fail(name, ": got ", value, ", expected ", least, " to 2^31 - 1");
+  }
+  return value;
+}
+
+// The type of a result that is not bits.
+DataType out_type(const char* name, const Dtype& dtype) {
+  const DataType type = dtype.type(name);
+  if (type == DataType::kBits) {
+    fail(name, ": got uint8, expected float32, float16, bfloat16 or an integer");
+  }
+  return type;
 }
 
 Sizes packed_sizes(const Sizes& image) {
@@ -60,29 +94,42 @@ Scratch scratch_like(const Tensor& x, std::optional<Tensor>& memory) {
   };
 }
 
-// A weight's four sizes as in PyTorch, then stride (2), padding (4: top, left, bottom, right),
-// dilation (2), groups and pad value.
-Conv2dShape shape_of(int64_t batch, int64_t height, int64_t width, const Sizes& geometry) {
-  if (geometry.size() != 14)
-    fail("geometry: got ", geometry.size() - 4, " numbers behind a weight's, expected 10");
-  const auto& g = geometry;
-  for (int i = 0; i < 4; ++i) {
-    if (g[i] < 0) fail("geometry: got ", g[i], " for a size of the weight, expected at least 0");
+// weight: its four sizes as in PyTorch. geometry: stride (2), padding (4: top, left, bottom,
+// right), dilation (2), groups and pad value.
+Conv2dShape shape_of(int64_t batch, int64_t height, int64_t width, std::span<const int64_t> weight,
+                     std::span<const int64_t> geometry) {
+  if (geometry.size() != 10) {
+    fail("geometry: got ", geometry.size(), " numbers behind a weight's, expected 10");
   }
-  const WeightShape weight = {g[0], g[1] * g[12], g[2], g[3], g[12]};
-  return {batch,
-          height,
-          width,
-          weight,
-          g[4],
-          g[5],
-          g[6],
-          g[7],
-          g[8],
-          g[9],
-          g[10],
-          g[11],
-          static_cast<int>(g[13])};
+  const auto& g = geometry;
+  const int64_t groups = checked("groups", g[8], 1);
+  if (g[9] < -1 || g[9] > 1) fail("pad_value: got ", g[9], ", expected 0, 1 or -1");
+  return {.batch = batch,
+          .in_height = height,
+          .in_width = width,
+          .weight = {.out_channels = checked("weight", weight[0], 0),
+                     .in_channels = checked("weight", weight[1], 0) * groups,
+                     .kernel_height = checked("weight", weight[2], 0),
+                     .kernel_width = checked("weight", weight[3], 0),
+                     .groups = groups},
+          .stride_height = g[0],
+          .stride_width = g[1],
+          .pad_top = g[2],
+          .pad_left = g[3],
+          .pad_bottom = g[4],
+          .pad_right = g[5],
+          .dilation_height = g[6],
+          .dilation_width = g[7],
+          .pad_value = static_cast<int>(g[9])};
+}
+
+// For a geometry that starts with the weight's sizes.
+Conv2dShape shape_of(int64_t batch, int64_t height, int64_t width, const Sizes& geometry) {
+  if (geometry.size() < 4) {
+    fail("geometry: got ", geometry.size(), " numbers, expected 4 sizes of a weight and 10 others");
+  }
+  const std::span numbers(geometry);
+  return shape_of(batch, height, width, numbers.first(4), numbers.subspan(4));
 }
 
 Sizes out_sizes(const Conv2dShape& shape) {
@@ -104,35 +151,35 @@ void unpack_bits(Stack& stack) {
   Tensor given = stack.tensor();
   const int64_t channels = stack.integer();
   const Dtype dtype = stack.dtype();
-  const Tensor packed = aligned(std::move(given));
-  const Array bits = packed.array("packed");
-  bits.expect_rank(4);
-  const Sizes sizes = {bits.shape[0], channels, bits.shape[1], bits.shape[2]};
-  Tensor out = packed.new_empty(sizes, dtype.type("dtype"), Layout::kNHWC);
-  unpack_bits(bits, out.array("out", Layout::kNHWC), Layout::kNHWC, packed.place());
+  const PackedImage packed("packed", std::move(given));
+  const Sizes& bits = packed.array.shape;
+  const Sizes sizes = {bits[0], checked("channels", channels, 1), bits[1], bits[2]};
+  Tensor out = packed.tensor.new_empty(sizes, out_type("dtype", dtype), Layout::kNHWC);
+  unpack_bits(packed.array, out.array("dtype", Layout::kNHWC), Layout::kNHWC,
+              packed.tensor.place());
   stack.give(std::move(out));
 }
 
 void abs_mean(Stack& stack) {
   Tensor given = stack.tensor();
   const int64_t rows = stack.integer();
-  const Tensor x = dense(std::move(given), Layout::kNCHW);
-  Tensor means = x.new_empty({rows}, DataType::kFloat32);
-  abs_mean(x.array("x"), means.array("out"), x.place());
+  const Tensor x = dense("x", std::move(given), Layout::kNCHW);
+  Tensor means = x.new_empty({checked("rows", rows, 0)}, DataType::kFloat32);
+  abs_mean(x.array("x"), means.array("rows"), x.place());
   stack.give(std::move(means));
 }
 
 void prepare_weight(Stack& stack) {
   Tensor given = stack.tensor();
   const int64_t in_channels = stack.integer(), groups = stack.integer();
-  const Tensor packed = aligned(std::move(given));
-  const Array bits = packed.array("packed");
-  bits.expect_rank(4);
-  const WeightShape shape = {bits.shape[0], in_channels * groups, bits.shape[1], bits.shape[2],
-                             groups};
-  const int64_t bytes = prepared_weight_bytes(shape, queue_for(packed.device(), {}));
-  Tensor prepared = packed.new_empty({bytes}, DataType::kBits);
-  prepare_weight(shape, bits, prepared.array("prepared"), packed.place());
+  const PackedImage packed("packed", std::move(given));
+  const Sizes& bits = packed.array.shape;
+  const WeightShape shape = {bits[0],
+                             checked("in_channels", in_channels, 1) * checked("groups", groups, 1),
+                             bits[1], bits[2], groups};
+  const int64_t bytes = prepared_weight_bytes(shape, queue_for(packed.tensor.device(), {}));
+  Tensor prepared = packed.tensor.new_empty({bytes}, DataType::kBits);
+  prepare_weight(shape, packed.array, prepared.array("prepared"), packed.tensor.place());
   stack.give(std::move(prepared));
 }
 
@@ -171,9 +218,9 @@ Tensor convolve(const Conv2dShape& shape, const Tensor& x, const InputArray& inp
                 Conv2dArguments& arguments, std::optional<Tensor>* bits = nullptr) {
   const Sizes sizes = out_sizes(shape);
   const bool to_bits = !arguments.out_dtype;
-  const Layout layout = to_bits ? Layout::kNCHW : arguments.layout;
+  const Layout layout = to_bits ? Layout::kNHWC : arguments.layout;
   Tensor out = to_bits ? x.new_empty(packed_sizes(sizes), DataType::kBits)
-                       : x.new_empty(sizes, arguments.out_dtype->type("out_dtype"), layout);
+                       : x.new_empty(sizes, out_type("out_dtype", *arguments.out_dtype), layout);
   const Tensor prepared = aligned(std::move(arguments.prepared));
   EpilogueArrays epilogue = {
       .clamp = arguments.clamp,
@@ -186,10 +233,10 @@ Tensor convolve(const Conv2dShape& shape, const Tensor& x, const InputArray& inp
       .threshold_below = array_of("threshold_below", arguments.threshold_below)};
   std::optional<Tensor> residual;
   if (arguments.residual) {
-    residual.emplace(dense(std::move(*arguments.residual), arguments.layout));
-    epilogue.residual = residual->array("residual", arguments.layout);
+    residual.emplace(dense("residual", std::move(*arguments.residual), layout));
+    epilogue.residual = residual->array("residual", layout);
   }
-  if (to_bits || bits) {
+  if (to_bits || bits || arguments.threshold != 0.0 || arguments.channel_threshold) {
     epilogue.threshold = limit_of("threshold", arguments.threshold, arguments.channel_threshold);
   }
   if (bits) {
@@ -197,8 +244,9 @@ Tensor convolve(const Conv2dShape& shape, const Tensor& x, const InputArray& inp
     epilogue.bits = (*bits)->array("bits");
   }
   std::optional<Tensor> memory;
-  binary_conv2d(shape, input, prepared.array("prepared"), epilogue, out.array("out", layout),
-                arguments.layout, scratch_like(x, memory), x.place());
+  const Array out_array = out.array("out_dtype", to_bits ? Layout::kNCHW : layout);
+  binary_conv2d(shape, input, prepared.array("prepared"), epilogue, out_array, layout,
+                scratch_like(x, memory), x.place());
   return out;
 }
 
@@ -206,11 +254,10 @@ struct PackedConv2d {
   explicit PackedConv2d(Stack& stack) : given(stack.tensor()), arguments(stack) {}
 
   Tensor operator()(std::optional<Tensor>* bits = nullptr) {
-    const Tensor packed = aligned(std::move(given));
-    const Array x = packed.array("packed");
-    x.expect_rank(4);
-    const Conv2dShape shape = shape_of(x.shape[0], x.shape[1], x.shape[2], arguments.geometry);
-    return convolve(shape, packed, {x}, arguments, bits);
+    const PackedImage packed("packed", std::move(given));
+    const Sizes& n = packed.array.shape;
+    const Conv2dShape shape = shape_of(n[0], n[1], n[2], arguments.geometry);
+    return convolve(shape, packed.tensor, {packed.array}, arguments, bits);
   }
 
   Tensor given;
@@ -276,23 +323,26 @@ Array bits_at(const Tensor& bits, int64_t index) {
 void sign_conv2d_no_grad(Stack& stack) {
   SignConv2dArguments given(stack);
   const Image x("x", std::move(given.x)), weight("weight", std::move(given.weight));
-  Sizes geometry = weight.sizes();
-  geometry.insert(geometry.end(), given.geometry.begin(), given.geometry.end());
-  const Conv2dShape shape = shape_of(x.sizes()[0], x.sizes()[2], x.sizes()[3], geometry);
+  const Sizes& n = x.sizes();
+  const Conv2dShape shape = shape_of(n[0], n[2], n[3], weight.sizes(), given.geometry);
+  if (given.mean_scale && given.scale) fail("scale: got one beside mean_scale, expected None");
   const Tensor& like = x.tensor;
   Sizes bits_sizes = packed_sizes(x.sizes());
   bits_sizes.insert(bits_sizes.begin(), given.clip ? 2 : 1);
   Tensor bits = like.new_empty(bits_sizes, DataType::kBits);
-  Tensor out = like.new_empty(out_sizes(shape), given.out_dtype.type("out_dtype"), x.layout);
+  Tensor out = like.new_empty(out_sizes(shape), out_type("out_dtype", given.out_dtype), x.layout);
   Tensor means = like.new_empty({given.mean_scale ? weight.sizes()[0] : 0}, DataType::kFloat32);
   std::optional<Tensor> prepared, residual, memory;
-  if (given.prepared) prepared.emplace(aligned(std::move(*given.prepared)));
-  if (given.residual) residual.emplace(dense(std::move(*given.residual), x.layout));
+  if (given.prepared) {
+    prepared.emplace(aligned(std::move(*given.prepared)));
+    prepared->array("prepared").expect_type(DataType::kBits);
+  }
+  if (given.residual) residual.emplace(dense("residual", std::move(*given.residual), x.layout));
   SignConv2dArrays arrays = {
       .x = x.array,
       .weight = prepared ? prepared->array("prepared") : weight.array,
       .bits = bits_at(bits, 0),
-      .out = out.array("out", x.layout),
+      .out = out.array("out_dtype", x.layout),
       .layout = x.layout,
       .weight_layout = weight.layout,
       .threshold = limit_of("threshold", 0.0, given.threshold),
@@ -321,12 +371,13 @@ void sign_conv2d_operands(Stack& stack) {
   const Array of_bits = bits.array("bits");
   of_bits.expect_rank(4);
   const Image weight("weight", std::move(values));
-  const DataType type = dtype.type("dtype");
-  const Sizes sizes = {of_bits.shape[0], channels, of_bits.shape[1], of_bits.shape[2]};
+  const DataType type = out_type("dtype", dtype);
+  const Sizes sizes = {of_bits.shape[0], checked("channels", channels, 1), of_bits.shape[1],
+                       of_bits.shape[2]};
   Tensor signs = bits.new_empty(sizes, type, Layout::kNHWC);
   Tensor filters = weight.tensor.new_empty(weight.sizes(), type, weight.layout);
-  sign_conv2d_operands(of_bits, weight.array, signs.array("signs", Layout::kNHWC),
-                       filters.array("filters", weight.layout), Layout::kNHWC,
+  sign_conv2d_operands(of_bits, weight.array, signs.array("dtype", Layout::kNHWC),
+                       filters.array("dtype", weight.layout), Layout::kNHWC,
                        array_of("scale", scale), bits.place());
   stack.give(std::move(signs));
   stack.give(std::move(filters));
@@ -344,10 +395,10 @@ void weight_gradient(Stack& stack) {
   const double limit = stack.number();
   const Dtype dtype = stack.dtype();
   const Image weight("weight", std::move(values));
-  const Tensor gradient = dense(std::move(of_signs), weight.layout);
-  Tensor out = weight.tensor.new_empty(weight.sizes(), dtype.type("dtype"), weight.layout);
+  const Tensor gradient = dense("gradient", std::move(of_signs), weight.layout);
+  Tensor out = weight.tensor.new_empty(weight.sizes(), out_type("dtype", dtype), weight.layout);
   weight_gradient(gradient.array("gradient", weight.layout), weight.array,
-                  out.array("out", weight.layout), array_of("scale", scale),
+                  out.array("dtype", weight.layout), array_of("scale", scale),
                   static_cast<float>(limit), weight.tensor.place());
   stack.give(std::move(out));
 }

@@ -220,9 +220,6 @@ Tensor Tensor::new_empty(const std::vector<int64_t>& sizes, DataType type, Layou
     const auto nhwc = contiguous_strides(to_nhwc(sizes));
     strides = {nhwc[0], nhwc[3], nhwc[1], nhwc[2]};
   }
-  for (int64_t size : sizes) {
-    if (size < 0) fail("sizes: got ", size, " for one of a result, expected at least 0");
-  }
   const int32_t device_type =
       device_.cuda ? torch.aoti_torch_device_type_cuda() : torch.aoti_torch_device_type_cpu();
   TensorHandle handle;
