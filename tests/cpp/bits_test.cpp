@@ -9,9 +9,6 @@
 namespace binconv::test {
 namespace {
 
-constexpr DataType kValueTypes[] = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16,
-                                    DataType::kInt8};
-constexpr Layout kLayouts[] = {Layout::kNCHW, Layout::kNHWC};
 constexpr int64_t kChannelCounts[] = {1, 7, 8, 31, 32, 33, 48, 64, 96, 127, 128, 130, 512};
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();

@@ -177,19 +177,23 @@ std::string channel_and_pixel(const ImageShape& output, int64_t pixel, int64_t o
 
 }  // namespace
 
-Conv2dShape shape_3x3(int64_t batch, int64_t in_channels, int64_t in_height, int64_t in_width,
+Conv2dShape shape_1x1(int64_t batch, int64_t in_channels, int64_t in_height, int64_t in_width,
                       int64_t out_channels) {
   return {.batch = batch,
           .in_height = in_height,
           .in_width = in_width,
           .weight = {.out_channels = out_channels,
                      .in_channels = in_channels,
-                     .kernel_height = 3,
-                     .kernel_width = 3},
-          .pad_top = 1,
-          .pad_left = 1,
-          .pad_bottom = 1,
-          .pad_right = 1};
+                     .kernel_height = 1,
+                     .kernel_width = 1}};
+}
+
+Conv2dShape shape_3x3(int64_t batch, int64_t in_channels, int64_t in_height, int64_t in_width,
+                      int64_t out_channels) {
+  Conv2dShape shape = shape_1x1(batch, in_channels, in_height, in_width, out_channels);
+  shape.weight.kernel_height = shape.weight.kernel_width = 3;
+  shape.pad_top = shape.pad_left = shape.pad_bottom = shape.pad_right = 1;
+  return shape;
 }
 
 std::string describe(const Conv2dShape& s) {

@@ -16,7 +16,9 @@
 
 namespace binconv::test {
 
-// A shape to start from in tests: 3x3 kernel, stride 1, pad 1.
+// Shapes to start from in tests, of stride 1; the 3x3 kernel has a padding of 1, the other none.
+Conv2dShape shape_1x1(int64_t batch, int64_t in_channels, int64_t in_height, int64_t in_width,
+                      int64_t out_channels);
 Conv2dShape shape_3x3(int64_t batch, int64_t in_channels, int64_t in_height, int64_t in_width,
                       int64_t out_channels);
 

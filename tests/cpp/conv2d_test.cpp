@@ -11,8 +11,6 @@ namespace binconv::test {
 namespace {
 
 constexpr int kPadValues[] = {0, 1, -1};
-constexpr Layout kLayouts[] = {Layout::kNCHW, Layout::kNHWC};
-constexpr DataType kFloatTypes[] = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16};
 
 Conv2dShape with_pads(Conv2dShape s, int64_t top, int64_t left, int64_t bottom, int64_t right) {
   s.pad_top = top;

@@ -11,10 +11,6 @@
 namespace binconv::test {
 namespace {
 
-constexpr DataType kFloatTypes[] = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16};
-constexpr DataType kWeightTypes[] = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16,
-                                     DataType::kInt8};
-constexpr Layout kLayouts[] = {Layout::kNCHW, Layout::kNHWC};
 constexpr Placement kPlacements[] = {Placement::kStart, Placement::kEnd, Placement::kOffEnd};
 constexpr int64_t kChannelCounts[] = {1, 7, 8, 9, 13, 31, 33, 64, 100, 128, 130, 257};
 constexpr int64_t kRowCounts[] = {0, 1, 3, 8, 17, 64};
@@ -538,7 +534,7 @@ TEST(ScaledSigns, ZerosArePositiveAndNaNIsNegative) {
 TEST(ScaledSigns, EverySizeMatchesReference) {
   for (int64_t rows : kRowCounts) {
     for (int64_t columns : kColumnCounts) {
-      for (DataType weight_type : kWeightTypes) {
+      for (DataType weight_type : kValueTypes) {
         const std::vector<uint8_t> weight =
             random_elements(rows * columns, weight_type, rows + columns);
         for (DataType out_type : kFloatTypes) {
@@ -585,7 +581,7 @@ TEST(ScaledSigns, AcceptsArraysAlignedToTheirElementOnly) {
   for (Placement placement : kPlacements) {
     for (const auto& [rows, columns] :
          std::vector<std::pair<int64_t, int64_t>>{{3, 5}, {1, 64}, {5, 72}}) {
-      for (DataType weight_type : kWeightTypes) {
+      for (DataType weight_type : kValueTypes) {
         for (DataType out_type : kFloatTypes) {
           check_scaled_signs(rows, columns, random_elements(rows * columns, weight_type, 6),
                              weight_type, row_scales(rows), out_type, placement);
@@ -597,7 +593,7 @@ TEST(ScaledSigns, AcceptsArraysAlignedToTheirElementOnly) {
 
 TEST(ScaledSigns, LargeWeightMatchesReference) {
   const int64_t rows = 130, columns = 1153;
-  for (DataType type : kWeightTypes) {
+  for (DataType type : kValueTypes) {
     check_scaled_signs(rows, columns, random_elements(rows * columns, type, 8), type,
                        row_scales(rows), DataType::kBFloat16);
   }
@@ -643,7 +639,7 @@ TEST(WeightGradient, MaskedGradientsAreAllPositiveZero) {
   const std::vector<float> gradient = {kNaN, -kNaN, kInfinity, -kInfinity, -0.0f, -1.0f, 1.0f};
   const int64_t count = static_cast<int64_t>(gradient.size());
   for (DataType type : kFloatTypes) {
-    for (DataType weight_type : kWeightTypes) {
+    for (DataType weight_type : kValueTypes) {
       for (float scale : {1.0f, -1.0f, kNaN, kInfinity, -0.0f}) {
         for (const Queue& queue : queues()) {
           const Buffer gradients(queue, reference::encode(type, gradient), 4);
@@ -673,7 +669,7 @@ TEST(WeightGradient, OutMayBeTheGradientItself) {
 
 TEST(WeightGradient, EveryCombinationOfTypesMatchesReference) {
   for (DataType gradient_type : kFloatTypes) {
-    for (DataType weight_type : kWeightTypes) {
+    for (DataType weight_type : kValueTypes) {
       for (DataType out_type : kFloatTypes) {
         for (const auto& [rows, columns] :
              std::vector<std::pair<int64_t, int64_t>>{{1, 1}, {3, 5}, {1, 64}, {8, 9}, {17, 72}}) {
@@ -772,7 +768,7 @@ TEST(WeightGradient, AcceptsArraysAlignedToTheirElementOnly) {
     for (const auto& [rows, columns] :
          std::vector<std::pair<int64_t, int64_t>>{{3, 5}, {1, 64}, {5, 72}}) {
       for (DataType gradient_type : kFloatTypes) {
-        for (DataType weight_type : kWeightTypes) {
+        for (DataType weight_type : kValueTypes) {
           for (DataType out_type : kFloatTypes) {
             GradientCall call =
                 random_gradient(rows, columns, gradient_type, weight_type, out_type, true, 1.0f);
@@ -786,7 +782,7 @@ TEST(WeightGradient, AcceptsArraysAlignedToTheirElementOnly) {
 }
 
 TEST(WeightGradient, LargeWeightMatchesReference) {
-  for (DataType weight_type : kWeightTypes) {
+  for (DataType weight_type : kValueTypes) {
     check_gradient(random_gradient(130, 1153, DataType::kFloat16, weight_type, DataType::kFloat32,
                                    true, 1.0f));
   }

@@ -7,11 +7,19 @@
 #include <vector>
 
 #include "binconv/error.h"
+#include "binconv/types.h"
 
 // A small test harness. TEST(Suite, Name) { ... } registers itself. Checks do not stop a test: it
 // goes on to its next case, and each failure is printed with the Contexts it happened in.
 
 namespace binconv::test {
+
+// What many tests go through.
+inline constexpr DataType kFloatTypes[] = {DataType::kFloat32, DataType::kFloat16,
+                                           DataType::kBFloat16};
+inline constexpr DataType kValueTypes[] = {DataType::kFloat32, DataType::kFloat16,
+                                           DataType::kBFloat16, DataType::kInt8};
+inline constexpr Layout kLayouts[] = {Layout::kNCHW, Layout::kNHWC};
 
 struct TestCase {
   std::string suite;

@@ -6,22 +6,6 @@
 namespace binconv::test {
 namespace {
 
-constexpr DataType kTypes[] = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16,
-                               DataType::kInt8};
-constexpr DataType kFloatTypes[] = {DataType::kFloat32, DataType::kFloat16, DataType::kBFloat16};
-constexpr Layout kLayouts[] = {Layout::kNHWC, Layout::kNCHW};
-
-Conv2dShape shape_1x1(int64_t batch, int64_t in_channels, int64_t in_height, int64_t in_width,
-                      int64_t out_channels) {
-  return {.batch = batch,
-          .in_height = in_height,
-          .in_width = in_width,
-          .weight = {.out_channels = out_channels,
-                     .in_channels = in_channels,
-                     .kernel_height = 1,
-                     .kernel_width = 1}};
-}
-
 std::vector<EpilogueCase> every_kind_of_epilogue() {
   constexpr EpilogueCase::Activation kActivation = {
       .in_shift = true, .slope = true, .out_shift = true};
@@ -58,7 +42,7 @@ std::vector<EpilogueCase> every_kind_of_epilogue() {
 
 void check_every_type_and_layout(const Problem& problem) {
   run_on_every_kernel(problem, [](const Run& run) {
-    for (DataType type : kTypes) {
+    for (DataType type : kValueTypes) {
       for (Layout layout : kLayouts) {
         for (bool per_channel : {false, true}) run.check_values({}, type, layout, per_channel);
       }
@@ -167,7 +151,7 @@ TEST(Conv2dValues, MemoryAlignedToNoMoreThanItMustBeSuffices) {
     for (const Conv2dShape& shape : {shape_1x1(1, 64, 5, 7, 40), shape_3x3(1, 64, 5, 7, 40)}) {
       for (uint64_t seed = 1; seed <= 4; ++seed) {
         const auto check = [](const Run& run) {
-          for (DataType type : kTypes) {
+          for (DataType type : kValueTypes) {
             run.check_values({.out_type = DataType::kFloat16, .residual = DataType::kFloat16}, type,
                              Layout::kNHWC, true);
           }
@@ -181,7 +165,7 @@ TEST(Conv2dValues, MemoryAlignedToNoMoreThanItMustBeSuffices) {
 TEST(Conv2dValues, EmptyBatchNeedsNoMemory) {
   for (const Conv2dShape& shape : {shape_1x1(0, 64, 4, 5, 12), shape_3x3(0, 64, 4, 5, 12)}) {
     for (const Queue& queue : kernel_queues()) {
-      for (DataType type : kTypes) {
+      for (DataType type : kValueTypes) {
         for (Layout layout : kLayouts) {
           binary_conv2d(shape, Values{.type = type, .layout = layout}, nullptr, {}, nullptr,
                         nullptr, queue);
