@@ -1,6 +1,7 @@
 #include "operators.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <span>
 #include <stdexcept>
@@ -23,6 +24,11 @@ std::optional<Array> array_of(const char* name, const std::optional<Tensor>& ten
 
 Limit limit_of(const char* name, double value, const std::optional<Tensor>& per_channel) {
   return {static_cast<float>(value), array_of(name, per_channel)};
+}
+
+// One beyond float32 holds all of its finite numbers, as the largest of them does.
+float finite_in_float32(double limit) {
+  return static_cast<float>(std::min(limit, double{std::numeric_limits<float>::max()}));
 }
 
 Tensor dense(const char* name, Tensor x, Layout layout) {
@@ -79,6 +85,14 @@ DataType out_type(const char* name, const Dtype& dtype) {
   const DataType type = dtype.type(name);
   if (type == DataType::kBits) {
     fail(name, ": got uint8, expected float32, float16, bfloat16 or an integer");
+  }
+  return type;
+}
+
+DataType float_type(const char* name, const Dtype& dtype) {
+  const DataType type = dtype.type(name);
+  if (std::find(kFloatTypes.begin(), kFloatTypes.end(), type) == kFloatTypes.end()) {
+    fail(name, ": got ", type_name(type), ", expected float32, float16 or bfloat16");
   }
   return type;
 }
@@ -351,9 +365,7 @@ void sign_conv2d_no_grad(Stack& stack) {
       .mean_scale = given.mean_scale};
   if (residual) arrays.residual = residual->array("residual", x.layout);
   if (given.clip) {
-    // One beyond float32 holds all of its finite numbers, as the largest of them does.
-    constexpr double kLargest = std::numeric_limits<float>::max();
-    arrays.clip = static_cast<float>(std::min(*given.clip, kLargest));
+    arrays.clip = finite_in_float32(*given.clip);
     arrays.inside = bits_at(bits, 1);
   }
   sign_conv2d(shape, arrays, scratch_like(like, memory), like.place());
@@ -362,31 +374,86 @@ void sign_conv2d_no_grad(Stack& stack) {
   stack.give(std::move(means));
 }
 
-void sign_conv2d_operands(Stack& stack) {
-  const Tensor bits = stack.tensor();
-  Tensor values = stack.tensor();
-  const auto scale = stack.optional_tensor();
-  const int64_t channels = stack.integer();
-  const Dtype dtype = stack.dtype();
-  const Array of_bits = bits.array("bits");
-  of_bits.expect_rank(4);
-  const Image weight("weight", std::move(values));
-  const DataType type = out_type("dtype", dtype);
-  const Sizes sizes = {of_bits.shape[0], checked("channels", channels, 1), of_bits.shape[1],
-                       of_bits.shape[2]};
-  Tensor signs = bits.new_empty(sizes, type, Layout::kNHWC);
-  Tensor filters = weight.tensor.new_empty(weight.sizes(), type, weight.layout);
-  sign_conv2d_operands(of_bits, weight.array, signs.array("dtype", Layout::kNHWC),
-                       filters.array("dtype", weight.layout), Layout::kNHWC,
-                       array_of("scale", scale), bits.place());
-  stack.give(std::move(signs));
-  stack.give(std::move(filters));
+// The arguments of sign_conv2d_backward.
+struct GradientArguments {
+  explicit GradientArguments(Stack& stack)
+      : grad(stack.tensor()),
+        bits(stack.tensor()),
+        weight(stack.tensor()),
+        scale(stack.optional_tensor()),
+        geometry(stack.ints()),
+        needs_x(stack.flag()),
+        needs_weight(stack.flag()),
+        masks(stack.flag()),
+        limit(stack.optional_number()),
+        dtype(stack.dtype()) {}
+
+  Tensor grad, bits, weight;
+  std::optional<Tensor> scale;
+  Sizes geometry;
+  bool needs_x, needs_weight, masks;
+  std::optional<double> limit;
+  Dtype dtype;
+};
+
+// The shape of the convolution, whose bits were kept.
+Conv2dShape shape_of(const Tensor& bits, int64_t images, const Image& grad, const Image& weight,
+                     const Sizes& geometry) {
+  const Sizes& n = bits.sizes();
+  if (n.size() != 5) fail("bits: got ", n.size(), " dimensions, expected 5");
+  if (n[0] < images) fail("bits: got ", n[0], " images, expected at least ", images);
+  const Conv2dShape shape = shape_of(n[1], n[2], n[3], weight.sizes(), geometry);
+  const Queue queue = queue_for(bits_at(bits, 0), {&grad.array, &weight.array}, bits.place());
+  workspace_bytes(shape, queue);  // Which checks the shape.
+  grad.array.expect_type(kFloatTypes);
+  Array in_order = grad.array;
+  in_order.shape = grad.sizes();
+  in_order.expect_shape(out_sizes(shape));
+  return shape;
 }
 
-void mask_values(Stack& stack) {
-  const Tensor x = stack.tensor(), bits = stack.tensor();
-  const Layout layout = x.is_channels_last() ? Layout::kNHWC : Layout::kNCHW;
-  mask_values(x.array("x", layout), bits.array("bits"), layout, x.place());
+// scale * gradient where |weight| <= limit; out may be the gradient.
+void finish_gradient(const Tensor& gradient, const Image& weight, const std::optional<Array>& scale,
+                     double limit, const Tensor& out) {
+  const float nearest = std::isinf(limit) ? static_cast<float>(limit) : finite_in_float32(limit);
+  weight_gradient(gradient.array("gradient", weight.layout), weight.array,
+                  out.array("dtype", weight.layout), scale, nearest, gradient.place());
+}
+
+// With room around it that has this value; or without what negative room takes away.
+Tensor padded(const Tensor& x, const Sizes& left_right_top_bottom, int value) {
+  Call call;
+  call.tensor(x).ints(left_right_top_bottom).text("constant").optional_number(value);
+  return std::move(*call("aten::pad")[0]);
+}
+
+struct Gradients {
+  std::optional<Tensor> x, weight;  // None that is not needed.
+};
+
+// convT(grad, filters) and corr(grad, signs), as far as they are needed.
+Gradients convolve_backward(const Conv2dShape& shape, const Tensor& grad, const Tensor& signs,
+                            const Tensor& filters, bool needs_x, bool needs_weight) {
+  const bool pads = shape.pad_value != 0 || shape.pad_top != shape.pad_bottom ||
+                    shape.pad_left != shape.pad_right;
+  const Sizes room = {shape.pad_left, shape.pad_right, shape.pad_top, shape.pad_bottom};
+  Call call;
+  call.tensor(*Call().tensor(grad)("aten::detach")[0])  // Else autograd records the call.
+      .tensor(pads ? padded(signs, room, shape.pad_value) : signs.another())
+      .tensor(filters)
+      .none()
+      .ints({shape.stride_height, shape.stride_width})
+      .ints(pads ? Sizes{0, 0} : Sizes{shape.pad_top, shape.pad_left})
+      .ints({shape.dilation_height, shape.dilation_width})
+      .flag(false)
+      .ints({0, 0})
+      .integer(shape.weight.groups)
+      .flags({needs_x, needs_weight, false});
+  auto results = call("aten::convolution_backward", {needs_x, needs_weight, false});
+  if (needs_x && pads) {
+    results[0] = padded(*results[0], {-room[0], -room[1], -room[2], -room[3]}, 0);
+  }
+  return {std::move(results[0]), std::move(results[1])};
 }
 
 void weight_gradient(Stack& stack) {
@@ -397,10 +464,40 @@ void weight_gradient(Stack& stack) {
   const Image weight("weight", std::move(values));
   const Tensor gradient = dense("gradient", std::move(of_signs), weight.layout);
   Tensor out = weight.tensor.new_empty(weight.sizes(), out_type("dtype", dtype), weight.layout);
-  weight_gradient(gradient.array("gradient", weight.layout), weight.array,
-                  out.array("dtype", weight.layout), array_of("scale", scale),
-                  static_cast<float>(limit), weight.tensor.place());
+  finish_gradient(gradient, weight, array_of("scale", scale), limit, out);
   stack.give(std::move(out));
+}
+
+void sign_conv2d_backward(Stack& stack) {
+  GradientArguments given(stack);
+  const Image grad("grad", std::move(given.grad)), weight("weight", std::move(given.weight));
+  const Tensor& bits = given.bits;
+  const Conv2dShape shape = shape_of(bits, 1 + given.masks, grad, weight, given.geometry);
+  const DataType type = grad.array.type, weight_type = float_type("dtype", given.dtype);
+  if (given.limit && !(*given.limit >= 0.0)) {
+    fail("limit: got ", *given.limit, ", expected at least 0");
+  }
+  const auto scale = array_of("scale", given.scale);
+  const Sizes sizes = {shape.batch, shape.weight.in_channels, shape.in_height, shape.in_width};
+  const Tensor signs = bits.new_empty(sizes, type, Layout::kNHWC);
+  const Tensor filters = bits.new_empty(weight.sizes(), type, weight.layout);
+  sign_conv2d_operands(bits_at(bits, 0), weight.array, signs.array("signs", Layout::kNHWC),
+                       filters.array("filters", weight.layout), Layout::kNHWC, scale, bits.place());
+  auto [of_x, of_signs] =
+      convolve_backward(shape, grad.tensor, signs, filters, given.needs_x, given.needs_weight);
+  if (of_x) of_x = dense("grad", std::move(*of_x), Layout::kNHWC);
+  if (of_signs) of_signs = dense("grad", std::move(*of_signs), weight.layout);
+  if (of_x && given.masks) {
+    mask_values(of_x->array("grad", Layout::kNHWC), bits_at(bits, 1), Layout::kNHWC, bits.place());
+  }
+  if (of_signs && given.limit) {
+    const Tensor gradient = std::move(*of_signs);
+    of_signs = type == weight_type ? gradient.another()
+                                   : bits.new_empty(weight.sizes(), weight_type, weight.layout);
+    finish_gradient(gradient, weight, scale, *given.limit, *of_signs);
+  }
+  stack.give(of_x ? std::move(*of_x) : bits.new_empty({0}, type));
+  stack.give(of_signs ? std::move(*of_signs) : bits.new_empty({0}, type));
 }
 
 // With errors that PyTorch makes ValueError and RuntimeError.
@@ -428,8 +525,7 @@ void register_operators() {
   register_kernel("packed_conv2d_with_bits", boxed<packed_conv2d_with_bits>);
   register_kernel("values_conv2d", boxed<values_conv2d>);
   register_kernel("sign_conv2d_no_grad", boxed<sign_conv2d_no_grad>);
-  register_kernel("sign_conv2d_operands", boxed<sign_conv2d_operands>);
-  register_kernel("mask_values", boxed<mask_values>);
+  register_kernel("sign_conv2d_backward", boxed<sign_conv2d_backward>);
   register_kernel("weight_gradient", boxed<weight_gradient>);
 }
 

@@ -31,6 +31,9 @@ constexpr uint64_t kInterfaceVersion = uint64_t{2} << 56 | uint64_t{10} << 48;
   FUNCTION(Failure, torch_list_size, (ListHandle, size_t*))                                  \
   FUNCTION(Failure, torch_list_get_item, (ListHandle, size_t index, StableIValue*))          \
   FUNCTION(Failure, torch_delete_list, (ListHandle))                                         \
+  FUNCTION(Failure, torch_new_list_reserve_size, (size_t size, ListHandle*))                 \
+  FUNCTION(Failure, torch_list_push_back, (ListHandle, StableIValue))                        \
+  FUNCTION(Failure, torch_new_string_handle, (const char*, size_t length, StringHandle*))    \
   FUNCTION(Failure, torch_call_dispatcher,                                                   \
            (const char* name, const char* overload, StableIValue* stack, uint64_t version))  \
   FUNCTION(Failure, torch_get_num_threads, (uint32_t*))                                      \
@@ -195,21 +198,14 @@ bool Tensor::is_dense(Layout layout) const {
   return sizes_.size() == 4 && is_contiguous(to_nhwc(sizes_), to_nhwc(strides_));
 }
 
+Tensor Tensor::another() const {
+  TensorHandle handle;
+  check(torch.aoti_torch_new_tensor_handle(handle_.get(), &handle));
+  return Tensor(handle);
+}
+
 Tensor Tensor::copied(Layout layout) const {
-  const int32_t format = layout == Layout::kNCHW
-                             ? torch.aoti_torch_memory_format_contiguous_format()
-                             : torch.aoti_torch_memory_format_channels_last();
-  TensorHandle self;
-  check(torch.aoti_torch_new_tensor_handle(handle_.get(), &self));
-  StableIValue stack[2] = {};
-  std::memcpy(&stack[0], &self, sizeof(self));
-  auto* memory_format = new StableIValue(0);  // Which the call frees.
-  std::memcpy(memory_format, &format, sizeof(format));
-  std::memcpy(&stack[1], &memory_format, sizeof(memory_format));
-  check(torch.torch_call_dispatcher("aten::clone", "", stack, kInterfaceVersion));
-  TensorHandle copy;
-  std::memcpy(&copy, &stack[0], sizeof(copy));
-  return Tensor(copy);
+  return std::move(*Call().tensor(*this).optional_format(layout)("aten::clone")[0]);
 }
 
 Tensor Tensor::new_empty(const std::vector<int64_t>& sizes, DataType type, Layout layout) const {
@@ -287,6 +283,54 @@ std::optional<Dtype> Stack::optional_dtype() {
   const auto value = optional();
   if (!value) return std::nullopt;
   return Dtype{bits_as<int32_t>(*value)};
+}
+
+Call& Call::put(StableIValue value) {
+  stack_.push_back(value);
+  return *this;
+}
+
+template <class Values>
+Call& Call::list(const Values& values) {
+  ListHandle list;
+  check(torch.torch_new_list_reserve_size(values.size(), &list));
+  for (const auto& value : values) check(torch.torch_list_push_back(list, bits_of(value)));
+  return put(bits_of(list));
+}
+
+template Call& Call::list(const std::vector<int64_t>&);
+template Call& Call::list(const std::initializer_list<bool>&);
+
+Call& Call::optional_format(Layout layout) {
+  const int32_t format = layout == Layout::kNCHW
+                             ? torch.aoti_torch_memory_format_contiguous_format()
+                             : torch.aoti_torch_memory_format_channels_last();
+  return optional(bits_of(format));
+}
+
+Call& Call::text(std::string_view text) {
+  StringHandle handle;
+  check(torch.torch_new_string_handle(text.data(), text.size(), &handle));
+  return put(bits_of(handle));
+}
+
+std::vector<std::optional<Tensor>> Call::operator()(const char* name,
+                                                    std::initializer_list<bool> computes) {
+  stack_.resize(std::max(stack_.size(), computes.size()));
+  if (torch.torch_call_dispatcher(name, "", stack_.data(), kInterfaceVersion) != 0) {
+    fail_with(std::string("a failure of ") + name);
+  }
+  std::vector<std::optional<Tensor>> results;
+  for (bool is_computed : computes) {
+    const auto handle = bits_as<TensorHandle>(stack_[results.size()]);
+    if (is_computed) {
+      results.emplace_back(Tensor(handle));
+    } else {
+      torch.aoti_torch_delete_tensor_object(handle);
+      results.emplace_back();
+    }
+  }
+  return results;
 }
 
 }  // namespace binconv::python

@@ -6,8 +6,10 @@
 
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <optional>
+#include <string_view>
 #include <vector>
 
 #include "arrays.h"
@@ -16,8 +18,10 @@ namespace binconv::python {
 
 struct AtenTensorOpaque;
 struct StableListOpaque;
+struct StringOpaque;
 using TensorHandle = AtenTensorOpaque*;
 using ListHandle = StableListOpaque*;
+using StringHandle = StringOpaque*;
 using StableIValue = uint64_t;  // One argument or result; None is 0 where None is allowed.
 using BoxedKernel = void (*)(StableIValue* stack, uint64_t arguments, uint64_t results);
 
@@ -34,12 +38,27 @@ struct Dtype {
   DataType type(const char* name) const;  // Of an argument of that name; kBits for uint8.
 };
 
+template <class T>
+T bits_as(StableIValue value) {
+  T result;
+  std::memcpy(&result, &value, sizeof(result));
+  return result;
+}
+
+template <class T>
+StableIValue bits_of(T value) {
+  StableIValue result = 0;
+  std::memcpy(&result, &value, sizeof(value));
+  return result;
+}
+
 // A reference to one of PyTorch's tensors.
 class Tensor {
  public:
   explicit Tensor(TensorHandle handle);
 
   TensorHandle release() { return handle_.release(); }
+  Tensor another() const;  // Reference to the same.
 
   const std::vector<int64_t>& sizes() const { return sizes_; }
   const Device& device() const { return device_; }
@@ -92,21 +111,35 @@ class Stack {
   void give(Tensor result) { *results_++ = bits_of(result.release()); }
 
  private:
-  template <class T>
-  static T bits_as(StableIValue value) {
-    T result;
-    std::memcpy(&result, &value, sizeof(result));
-    return result;
-  }
-  template <class T>
-  static StableIValue bits_of(T value) {
-    StableIValue result = 0;
-    std::memcpy(&result, &value, sizeof(value));
-    return result;
-  }
   std::optional<StableIValue> optional();
 
   StableIValue *next_, *results_;
+};
+
+// A call of one of PyTorch's own operators: its arguments, put in the order of its schema.
+class Call {
+ public:
+  Call& tensor(const Tensor& x) { return put(bits_of(x.another().release())); }
+  Call& none() { return put(0); }
+  Call& ints(const std::vector<int64_t>& values) { return list(values); }
+  Call& flags(std::initializer_list<bool> values) { return list(values); }
+  Call& flag(bool value) { return put(bits_of(value)); }
+  Call& integer(int64_t value) { return put(bits_of(value)); }
+  Call& optional_number(double value) { return optional(bits_of(value)); }
+  Call& optional_format(Layout layout);
+  Call& text(std::string_view text);
+
+  // Its results; nullopt for those that, by its arguments, are not computed.
+  std::vector<std::optional<Tensor>> operator()(const char* name,
+                                                std::initializer_list<bool> computes = {true});
+
+ private:
+  Call& put(StableIValue value);
+  Call& optional(StableIValue value) { return put(bits_of(new StableIValue(value))); }
+  template <class Values>
+  Call& list(const Values& values);
+
+  std::vector<StableIValue> stack_;
 };
 
 }  // namespace binconv::python

@@ -95,6 +95,11 @@ class Draw:
         """Values whose sums are exact."""
         return (torch.randint(-32, 33, shape, generator=self.generator) / 8).to(dtype)
 
+    def few_ones(self, *shape):
+        """Values of 1 and -1, a tenth of them not 0: bfloat16 holds their sums."""
+        few = torch.rand(shape, generator=self.generator) < 0.1
+        return few * (self.bits(*shape) * 2 - 1)
+
     def bits(self, *shape):
         return torch.rand(shape, generator=self.generator) < 0.5
 
@@ -200,16 +205,6 @@ def sign_conv2d_no_grad(d):
     return arguments, [y.to(dtype), torch.stack(bits), mean]
 
 
-def sign_conv2d_operands(d):
-    bits, weight = d.bits(*d.sizes()), d.values(*d.sizes(), dtype=d.choose(*VALUES))
-    dtype, scale = d.choose(*FLOATS), d.maybe(d.values, len(weight))
-    least = packed(bits)[..., : d.choose((bits.shape[1] + 7) // 8, 144)].contiguous()
-    factor = torch.ones(1) if scale is None else scale
-    filters = reference_torch.sign(weight) * factor.to(dtype).double().view(-1, 1, 1, 1)
-    arguments = unaligned(least.to(d.device)), d.laid(weight), d.laid(scale), bits.shape[1], dtype
-    return arguments, [(bits * 2 - 1).to(dtype), filters.to(dtype)]
-
-
 def weight_gradient(d):
     weight, dtype = d.values(*d.sizes(), dtype=d.choose(*VALUES)), d.choose(*FLOATS)
     gradient, scale = (
@@ -228,13 +223,18 @@ CASES = {
     "packed_conv2d_with_bits": lambda d: convolution(d, "both"),
     "values_conv2d": lambda d: convolution(d, d.choose("bits", "numbers"), of_values=True),
     **{f.__name__: f for f in (pack_bits, unpack_bits, abs_mean, weight_gradient)},
-    **{f.__name__: f for f in (sign_conv2d_no_grad, sign_conv2d_operands)},
+    "sign_conv2d_no_grad": sign_conv2d_no_grad,
 }
-OPERATORS = (*CASES, "packed_conv2d_no_grad", "prepare_weight", "mask_values")
+OPERATORS = (*CASES, "packed_conv2d_no_grad", "prepare_weight", "sign_conv2d_backward")
 
 
 def forms(tree):
-    return [(x.shape, x.dtype, x.device, x.stride()) for x in tree_leaves(tree)]
+    return [(x.shape, x.dtype, x.device, strides_in_use(x)) for x in tree_leaves(tree)]
+
+
+def strides_in_use(x):
+    sizes = zip(x.shape, x.stride(), strict=True)
+    return [stride for size, stride in sizes if size > 1 and x.numel()]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -252,20 +252,51 @@ def test_operator_matches_reference(device, name, fuzz_count, fuzz_seed):
                 assert forms(operator(*fakes)) == forms(results)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_mask_values_writes_to_x_alone(device, layout, fuzz_count, fuzz_seed):
+def gradients_of_signs(c, weight_signs, grad, needs):
+    """convT(grad, weight_signs) and corr(grad, signs of the image), in float64."""
+    *stride, top, left, bottom, right, dh, dw, groups, pad_value = c.geometry
+    signs = (c.bits * 2.0 - 1).double().requires_grad_()
+    weight = weight_signs.double().requires_grad_()
+    padded = F.pad(signs, (left, right, top, bottom), value=float(pad_value))
+    y = F.conv2d(padded, weight, None, stride, 0, (dh, dw), groups)
+    both = torch.autograd.grad(y, (signs, weight), grad.double())
+    return [g if needed else torch.empty(0) for g, needed in zip(both, needs, strict=True)]
+
+
+def test_backward_matches_reference(device, fuzz_count, fuzz_seed):
     d = Draw(fuzz_seed, device)
-    for _ in range(fuzz_count):
-        bits = d.bits(*d.sizes())
-        x, pixel = d.values(*bits.shape, dtype=d.choose(*FLOATS)), (bits.shape[1] + 7) // 8
-        memory = torch.full((x.numel() + 2,), 7, dtype=x.dtype, device=device)
-        strides = LAYOUTS[layout](x).stride()
-        image = memory[1:-1].as_strided(x.shape, strides, 1).copy_(x)
-        given = unaligned(packed(bits)[..., : d.choose(pixel, 144)].contiguous().to(device))
-        before = given.clone()
-        assert OPS.mask_values(image, given) is None
-        assert_same([image, given], [torch.where(bits, x, torch.zeros_like(x)), before])
-        assert memory[0] == memory[-1] == 7
+    for i in range(fuzz_count // 3):
+        c, dtype, weight_dtype = Convolution(d), d.choose(*FLOATS), d.choose(*FLOATS)
+        grad = d.few_ones(*c.acc.shape).to(dtype)
+        scale = d.maybe(
+            lambda n: 2.0 ** torch.randint(-1, 2, (n,), generator=d.generator), c.shape[0]
+        )
+        factor = torch.ones(1) if scale is None else scale
+        needs, masks = (d.choose(False, True), d.choose(False, True)), d.choose(False, True)
+        limit = d.choose(None, 0.5, 1e300, torch.inf)
+        kept = [c.bits, d.bits(*c.bits.shape)]
+        images = torch.stack([packed(bits) for bits in kept[: d.choose(1 + masks, 2)]])
+        images = images[..., : d.choose((c.bits.shape[1] + 7) // 8, 144)].contiguous()
+        weight_signs = reference_torch.sign(c.weight).double()
+        filters = weight_signs * factor.double().view(-1, 1, 1, 1)
+        of_x, of_weight = gradients_of_signs(c, filters, grad, needs)
+        if needs[0] and masks:
+            of_x = torch.where(kept[1], of_x, 0)
+        if needs[1] and limit is not None:
+            inside = (c.weight.float().abs() <= min(limit, 3.4028234e38)) | (limit == torch.inf)
+            of_weight = torch.where(inside, of_weight * factor.double().view(-1, 1, 1, 1), 0)
+        operands = d.laid(grad), unaligned(images.to(device)), d.laid(c.weight), d.laid(scale)
+        arguments = *operands, c.geometry, *needs, masks, limit, weight_dtype
+        before = cloned(arguments)
+        results = OPS.sign_conv2d_backward(*arguments)
+        assert_same(arguments, before)
+        assert [x.dtype for x in results] == [dtype, weight_dtype if needs[1] and limit else dtype]
+        for got, expected in zip(results, (of_x, of_weight), strict=True):
+            reference_torch.assert_gradient_is(got, expected)
+        if i % 8 == 0:
+            with FakeTensorMode() as mode:
+                fakes = tree_map_only(torch.Tensor, mode.from_tensor, arguments)
+                assert forms(OPS.sign_conv2d_backward(*fakes)) == forms(results)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -308,7 +339,10 @@ def good(name, device="cpu"):
         "prepare_weight": {"packed": weight_bits},
         "sign_conv2d_no_grad": {"threshold": inputs, "prepared": None, "geometry": SIZES}
         | {"mean_scale": False},
+        "sign_conv2d_backward": {"bits": torch.stack((bits, bits)), "geometry": SIZES},
     }
+    given["grad"] = given["residual"]
+    given |= dict.fromkeys(("needs_x", "needs_weight", "masks"), True)
     given |= own.get(name, {})
     names = [argument.name for argument in getattr(OPS, name).default._schema.arguments]
     return cloned({key: given[key] for key in names if key in given})
@@ -335,7 +369,7 @@ OTHERS = {"-1": always(-1.0), "nan": always(float("nan"))}
 DTYPES = {**{name: always(t) for name, t in TYPES.items()}, "uint8": always(torch.uint8)}
 WRONG = {
     **dict.fromkeys(("x", "weight"), IMAGE),
-    **dict.fromkeys(("gradient", "residual"), IMAGE | SMALLER),
+    **dict.fromkeys(("grad", "gradient", "residual"), IMAGE | SMALLER),
     **dict.fromkeys(("packed", "bits"), BITS),
     **dict.fromkeys(("scale", "bias", *PRELU, "channel_threshold", "input_threshold"), COLUMN),
     "threshold_below": COLUMN | {"float32": torch.Tensor.float},
@@ -496,7 +530,7 @@ def test_compiled_operator_equals_eager(device, name):
     got = torch.compile(operator, backend="aot_eager", fullgraph=True, dynamic=False)(**calls[1])
     assert_same(got, expected)
     assert_same(calls[1], calls[0])
-    assert forms(got) == forms(expected) if expected is not None else got is None
+    assert forms(got) == forms(expected)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -521,9 +555,8 @@ def test_results_are_the_same_for_any_kind_of_tensor(device, name):
     expected = getattr(OPS, name)(**good(name, device))
     for kind in (torch.Tensor.requires_grad_, lambda x: torch._neg_view(-x)):
         call = good(name, device)
-        if name != "mask_values":
-            floats = {k: kind(x) for k, x in call.items() if is_tensor(x) and x.is_floating_point()}
-            assert_same(cloned(getattr(OPS, name)(**call | floats)), expected)
+        floats = {k: kind(x) for k, x in call.items() if is_tensor(x) and x.is_floating_point()}
+        assert_same(cloned(getattr(OPS, name)(**call | floats)), expected)
     with torch.inference_mode():
         call = good(name, device)
         assert_same(getattr(OPS, name)(**call), expected)

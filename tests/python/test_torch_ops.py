@@ -1288,9 +1288,9 @@ def record_calls(device):
             binary_conv2d(given, prepared, leaves[0], residual=leaves[2], **geometry)
         pack_bits(x, scale.repeat(3)[:16]).unpack(torch.float16)
         prepare_weight(pack_weight(w), groups=2, in_channels=8)
-        for weight_scale in ("channel", "tensor", None):
+        for weight_scale in ("channel", "tensor", "learnable", None):
             layer = BinaryConv2d(16, 6, 3, groups=2, weight_scale=weight_scale).to(device)
-            layer.train()(x)
+            layer.train()(x).sum().backward()
             with torch.no_grad():
                 layer.eval()(x)
             layer(pack_bits(x))

@@ -14,7 +14,6 @@ from . import ops
 from .estimators import EDE, Clip, Estimator, Identity, of_parameter
 
 CLIP = Clip()
-LARGEST = torch.finfo(torch.float32).max
 LEVELS = 127  # Of the derivatives that backward keeps as 8-bit codes, on either side of 0.
 
 
@@ -216,31 +215,42 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.needs_input_grad[:9]
     )
     x_dtype, residual_dtype = ctx.dtypes
-    native = _is_native(grad)
-    of_signs, of_weight_signs = _sign_gradients(
-        grad,
-        bits[0],
-        weight,
-        scale,
-        ctx.geometry,
-        (needs_x or needs_shift, needs_weight or needs_leaf or needs_scale),
-        native,
-    )
-    grad_x = _let_through(ste, of_signs, bits, codes, native)
-    grad_shift = grad_x.sum((0, 2, 3), dtype=torch.float32) if needs_shift else None
-    grad_scale = None
-    if needs_scale:
-        signs = _scaled_signs(weight, None, torch.float32)
-        grad_scale = (of_weight_signs * signs).sum((1, 2, 3))
+    dtype = torch.float32 if needs_leaf else weight.dtype
+    once_more = torch.is_grad_enabled()  # It will be differentiated itself.
+    masks = isinstance(ste, Clip) and not (once_more or ops.is_traced(grad))  # A compiler fuses it.
+    limit = None if once_more else _limit(weight_ste)
+    finishes = limit is not None and not needs_scale
+    needs = needs_x or needs_shift, needs_weight or needs_leaf or needs_scale
+    grad_x: Any = None
+    of_signs: Any = None
+    if any(needs):
+        convolve_backward = _sign_gradients if once_more else ops.sign_conv2d_backward
+        grad_x, of_signs = convolve_backward(
+            grad,
+            bits,
+            weight,
+            scale,
+            ctx.geometry,
+            *needs,
+            masks,
+            limit if finishes else None,
+            dtype,
+        )
+    if needs[0] and not masks:
+        with ops.naming(ops.sign_conv2d_backward):
+            grad_x = _let_through(ste, grad_x, bits, codes)
     grad_weight = None
     if needs_weight or needs_leaf:
-        dtype = torch.float32 if needs_leaf else weight.dtype
-        grad_weight = _weight_gradient(weight_ste, of_weight_signs, weight, scale, dtype, native)
+        grad_weight = (
+            of_signs
+            if finishes
+            else _weight_gradient(weight_ste, of_signs, weight, scale, limit, dtype)
+        )
     return (
         grad_x.to(x_dtype) if needs_x else None,
         grad_weight if needs_weight else None,
-        grad_shift,
-        grad_scale,
+        grad_x.sum((0, 2, 3), dtype=torch.float32) if needs_shift else None,
+        _scale_gradient(of_signs, weight) if needs_scale else None,
         grad.sum((0, 2, 3), dtype=torch.float32) if needs_bias else None,
         grad.to(residual_dtype) if needs_residual else None,
         None,
@@ -250,21 +260,26 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
+def _limit(estimator: Estimator) -> float | None:
+    """Up to which magnitude a gradient passes unchanged, if no other part of it does."""
+    if isinstance(estimator, Identity):
+        return math.inf
+    return estimator.parameter if isinstance(estimator, Clip) else None
+
+
 def _sign_gradients(
     grad: Tensor,
     bits: Tensor,
     weight: Tensor,
     scale: Tensor | None,
     geometry: Sequence[int],
-    needs: tuple[bool, bool],
-    native: bool,
+    needs_x: bool,
+    needs_weight: bool,
+    *_: Any,
 ) -> tuple[Any, Any]:
-    """convT(grad, scale * sign(weight)) and corr(grad, sign(x))."""
-    if not any(needs):
-        return None, None
+    """What ops.sign_conv2d_backward computes without masks and limit, to be differentiated."""
     stride, (top, left, bottom, right), dilation, groups, pad_value = ops.geometry_parts(geometry)
-    channels = weight.shape[1] * groups
-    signs, filters = _operands(bits, weight, scale, channels, grad.dtype, native)
+    signs = torch.where(_ones(bits[0], weight.shape[1] * groups), 1.0, -1.0).to(grad.dtype)
     padded = pad_value != 0 or (top, left) != (bottom, right)
     if padded:
         pads = (left, right, top, bottom)
@@ -272,7 +287,7 @@ def _sign_gradients(
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad,
         signs,
-        filters,
+        _scaled_signs(weight, scale, grad.dtype),
         None,
         stride,
         [0, 0] if padded else [top, left],
@@ -280,36 +295,13 @@ def _sign_gradients(
         False,
         [0, 0],
         groups,
-        [*needs, False],
+        [needs_x, needs_weight, False],
     )
-    if padded and needs[0]:
-        grad_x = grad_x[:, :, top : top + bits.shape[1], left : left + bits.shape[2]]
+    if padded and needs_x:
+        grad_x = torch.nn.functional.pad(grad_x, (-left, -right, -top, -bottom))
+    if needs_weight:
+        grad_weight = grad_weight.contiguous(memory_format=ops.memory_format(weight))
     return grad_x, grad_weight
-
-
-def _is_native(grad: Tensor) -> bool:
-    """Whether backward calls the operators made for it, not steps in PyTorch alone.
-
-    Those a compiler fuses, and they can be differentiated once more.
-    """
-    return not (torch.is_grad_enabled() or ops.is_traced(grad))
-
-
-def _operands(
-    bits: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    channels: int,
-    dtype: torch.dtype,
-    native: bool,
-) -> tuple[Tensor, Tensor]:
-    """The signs of x, in channels_last, and scale * sign(weight)."""
-    if native:
-        operands: tuple[Tensor, Tensor]
-        operands = ops.sign_conv2d_operands(bits, weight, scale, channels, dtype)
-        return operands
-    signs = torch.where(_ones(bits, channels), 1.0, -1.0).to(dtype)
-    return signs, _scaled_signs(weight, scale, dtype)
 
 
 def _ones(bits: Tensor, channels: int) -> Tensor:
@@ -325,37 +317,36 @@ def _scaled_signs(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> T
     return torch.where(weight >= 0, factor, -factor)
 
 
-def _let_through(
-    estimator: Estimator, grad: Any, bits: Tensor, codes: Tensor | None, native: bool
-) -> Any:
-    """The product grad * g(x + shift), from what was kept of g; grad may become it."""
-    if grad is None or isinstance(estimator, Identity):
+def _let_through(estimator: Estimator, grad: Any, bits: Tensor, codes: Tensor | None) -> Any:
+    """The product grad * g(x + shift), from what was kept of g."""
+    if isinstance(estimator, Identity):
         return grad
     if not isinstance(estimator, Clip):
         return grad * codes * (estimator.peak / LEVELS)
-    if not native:
-        return torch.where(_ones(bits[1], grad.shape[1]), grad, 0)
-    grad = grad.contiguous(memory_format=ops.memory_format(grad))
-    ops.mask_values(grad, bits[1])
-    return grad
+    return torch.where(_ones(bits[1], grad.shape[1]), grad, 0)
+
+
+def _scale_gradient(of_signs: Any, weight: Tensor) -> Tensor:
+    signs = _scaled_signs(weight, None, torch.float32)
+    gradient: Tensor = (of_signs * signs).sum((1, 2, 3))
+    return gradient
 
 
 def _weight_gradient(
     estimator: Estimator,
-    of_signs: Tensor,
+    of_signs: Any,
     weight: Tensor,
     scale: Tensor | None,
+    limit: float | None,
     dtype: torch.dtype,
-    native: bool,
 ) -> Tensor:
     """The product scale * of_signs * h(weight)."""
-    is_clip = isinstance(estimator, Clip)
-    if native and (is_clip or isinstance(estimator, Identity)):
-        limit = min(estimator.parameter, LARGEST) if is_clip else math.inf
-        y: Tensor = ops.weight_gradient(of_signs, weight, scale, limit, dtype)
+    y: Tensor
+    if limit is not None:
+        y = ops.weight_gradient(of_signs, weight, scale, limit, dtype)
         return y
     y = of_signs.float() if scale is None else of_signs * scale.view(-1, 1, 1, 1)
-    if is_clip:
+    if isinstance(estimator, Clip):
         y = torch.where(weight.float().abs() <= estimator.parameter, y, 0)
     elif not isinstance(estimator, Identity):
         y = y * estimator.derivative(weight.float())

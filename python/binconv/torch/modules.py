@@ -266,13 +266,15 @@ class BinaryConv2d(nn.Conv2d):
         return scale if rows == self.out_channels else scale.expand(self.out_channels).contiguous()
 
     def _keeps_weight(self) -> bool:
+        if self.training:
+            return False
         # A parametrized weight is a new tensor at every access: there is nothing to keep. One made
         # in inference mode does not tell when it changes (which a trace cannot ask). And what is
         # kept is laid out for this device, where an exported program may run on any.
         can_keep = self._prepared is not None and "weight" in self._parameters
         if not torch.compiler.is_compiling():
             can_keep = can_keep and not self.weight.is_inference()
-        return can_keep and not self.training and not torch.compiler.is_exporting()
+        return can_keep and not torch.compiler.is_exporting()
 
     def _kept_weight(self) -> tuple[Tensor, Tensor | None]:
         if self._kept_shape != self.weight.shape:

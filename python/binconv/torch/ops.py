@@ -9,6 +9,7 @@ them in one list, `geometry` (flat_geometry), behind a weight's shape where none
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import threading
@@ -62,6 +63,19 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
 def is_traced(x: Tensor) -> bool:
     """Whether x stands for a tensor in a graph that is being made, and has no values."""
     return torch.compiler.is_compiling() or isinstance(x, (FakeTensor, FunctionalTensor))
+
+
+def naming(operator: Any) -> contextlib.AbstractContextManager[None]:
+    """Where a graph is being made, tells that what runs within is a part of the operator.
+
+    A compiler then names a fused kernel after that and not after every step, which would exceed the
+    150 characters up to which Triton keeps names: Inductor launches others three times as slowly.
+    """
+    try:
+        from torch.fx.experimental.proxy_tensor import set_original_aten_op
+    except ImportError:  # It is not public.
+        return contextlib.nullcontext()
+    return set_original_aten_op(operator)
 
 
 def _is_plain_state() -> bool:
@@ -311,10 +325,30 @@ def _fake_sign_conv2d_no_grad(
     return out, bits, x.new_empty(weight.shape[0] if mean_scale else 0, dtype=torch.float32)
 
 
-def _fake_sign_conv2d_operands(
-    bits: Tensor, weight: Tensor, scale: Tensor | None, channels: int, dtype: torch.dtype
+def _fake_sign_conv2d_backward(
+    grad: Tensor,
+    bits: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    geometry: Sequence[int],
+    needs_x: bool,
+    needs_weight: bool,
+    masks: bool,
+    limit: float | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    return _fake_unpack_bits(bits, channels, dtype), _new_as(weight, dtype)
+    """convT(grad, scale * sign(weight)) in channels_last and corr(grad, sign(x)) in that of weight.
+
+    Bits as from sign_conv2d_no_grad, of each pixel at least those of the channels. masks: makes the
+    first 0 where the bits of the clip are. limit: multiplies the second by scale, and makes it 0
+    where |weight| is greater. What is not needed is (0,).
+    """
+    channels = weight.shape[1] * geometry_parts(geometry)[3]
+    nothing = grad.new_empty(0)
+    return (
+        _fake_unpack_bits(bits[0], channels, grad.dtype) if needs_x else nothing,
+        _new_as(weight, grad.dtype if limit is None else dtype) if needs_weight else nothing,
+    )
 
 
 def _new_as(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -433,12 +467,12 @@ sign_conv2d_no_grad = define(
     "float? clip) -> (Tensor, Tensor, Tensor)",
     _fake_sign_conv2d_no_grad,
 )
-sign_conv2d_operands = define(
-    "sign_conv2d_operands(Tensor bits, Tensor weight, Tensor? scale, int channels, "
+sign_conv2d_backward = define(
+    "sign_conv2d_backward(Tensor grad, Tensor bits, Tensor weight, Tensor? scale, "
+    "int[10] geometry, bool needs_x, bool needs_weight, bool masks, float? limit, "
     "ScalarType dtype) -> (Tensor, Tensor)",
-    _fake_sign_conv2d_operands,
+    _fake_sign_conv2d_backward,
 )
-mask_values = define("mask_values(Tensor(a!) x, Tensor bits) -> ()", lambda *_: None, autograd=None)
 weight_gradient = define(
     "weight_gradient(Tensor gradient, Tensor weight, Tensor? scale, float limit, "
     "ScalarType dtype) -> Tensor",
