@@ -133,20 +133,17 @@ void* memory_of(const Scratch& scratch, int64_t bytes) {
   return bytes > 0 ? scratch(bytes) : nullptr;
 }
 
-// Where a signed convolution keeps what only it needs: the weight's bits, prepared, and what
-// binary_conv2d works with. All sizes are multiples of the alignment but the last.
+// Where a signed convolution keeps what only it needs: the prepared weight, and behind it what
+// preparing and convolving, one after the other, work with.
 struct SignScratch {
   SignScratch(const Conv2dShape& shape, bool has_prepared, const Queue& queue) {
-    const WeightShape& weight = shape.weight;
-    const int64_t workspace = workspace_bytes(shape, queue);  // Also checks the shape.
-    if (!has_prepared) {
-      prepared = packed_image_bytes(weight_image(weight));
-      const int64_t bytes = prepared_weight_bytes(weight, queue) + kPackedAlignment - 1;
-      end = prepared + bytes / kPackedAlignment * kPackedAlignment;
-    }
-    total = end + workspace;
+    total = workspace_bytes(shape, queue);  // Also checks the shape.
+    if (has_prepared) return;
+    const int64_t bytes = prepared_weight_bytes(shape.weight, queue) + kPackedAlignment - 1;
+    end = bytes / kPackedAlignment * kPackedAlignment;
+    total = end + std::max(total, weight_workspace_bytes(shape.weight, queue));
   }
-  int64_t prepared = 0, end = 0, total;  // Where each starts.
+  int64_t end = 0, total;
 };
 
 // A weight and what has its sizes, in the same order.
@@ -262,22 +259,17 @@ void sign_conv2d(const Conv2dShape& shape, const SignConv2dArrays& arrays, const
   }
 
   uint8_t* const memory = static_cast<uint8_t*>(memory_of(scratch, at.total));
-  if (mean_scale) {
-    const int64_t columns = filters.channels * filters.height * filters.width;
-    abs_mean(filters.batch, columns, weight.data, weight.type, static_cast<float*>(scale->data),
-             queue);
-  }
   if (inside) {
     pack_bits_and_clip(image, x.data, x.type, layout, limit, clip, bits.data, inside->data, queue);
   } else {
     pack_bits(image, x.data, x.type, layout, limit, bits.data, queue);
   }
-  const void* prepared = weight.data;
+  void* const means = mean_scale ? scale->data : nullptr;
   if (!has_prepared) {
-    pack_bits(filters, weight.data, weight.type, weight_layout, {}, memory, queue);
-    prepare_weight(sizes, memory, memory + at.prepared, queue);
-    prepared = memory + at.prepared;
+    prepare_weight(sizes, weight.data, weight.type, weight_layout, memory,
+                   static_cast<float*>(means), memory + at.end, queue);
   }
+  const void* const prepared = has_prepared ? weight.data : memory;
   binary_conv2d(shape, bits.data, prepared, epilogue, out.data, memory + at.end, queue);
 }
 

@@ -473,7 +473,8 @@ void sign_conv2d_backward(Stack& stack) {
   const Image grad("grad", std::move(given.grad)), weight("weight", std::move(given.weight));
   const Tensor& bits = given.bits;
   const Conv2dShape shape = shape_of(bits, 1 + given.masks, grad, weight, given.geometry);
-  const DataType type = grad.array.type, weight_type = float_type("dtype", given.dtype);
+  const DataType type = grad.array.type;
+  const DataType weight_type = given.limit ? float_type("dtype", given.dtype) : type;
   if (given.limit && !(*given.limit >= 0.0)) {
     fail("limit: got ", *given.limit, ", expected at least 0");
   }

@@ -82,6 +82,12 @@ ImageShape in_image(const Conv2dShape& shape) {
   return {shape.batch, shape.weight.in_channels, shape.in_height, shape.in_width};
 }
 
+// A weight as the image of its filters.
+ImageShape weight_image(const WeightShape& weight) {
+  return {weight.out_channels, weight.in_channels / weight.groups, weight.kernel_height,
+          weight.kernel_width};
+}
+
 const Kernel& checked_kernel(const Conv2dShape& shape, const Queue& queue) {
   check_conv2d(shape);
   return select_kernel(shape, target_of(queue), queue.kernel());
@@ -111,6 +117,37 @@ void prepare_weight(const WeightShape& shape, const void* packed, void* prepared
   check_pointer("prepared", prepared, kPackedAlignment);
   weight_kernel(target_of(queue), queue.kernel())
       .prepare(shape, static_cast<const uint8_t*>(packed), static_cast<uint8_t*>(prepared), queue);
+}
+
+int64_t weight_workspace_bytes(const WeightShape& shape, const Queue& queue) {
+  check_weight(shape);
+  const Kernel& kernel = weight_kernel(target_of(queue), queue.kernel());
+  return kernel.prepare_values ? 0 : packed_image_bytes(weight_image(shape));
+}
+
+void prepare_weight(const WeightShape& shape, const void* weight, DataType type, Layout layout,
+                    void* prepared, float* means, void* workspace, const Queue& queue) {
+  check_weight(shape);
+  check_type("type", type, kValueTypes);
+  check_layout("layout", layout);
+  require(!means || type != DataType::kInt8,
+          "means: got a pointer for a weight of int8, expected null");
+  check_pointer("weight", weight, element_bytes(type));
+  check_pointer("prepared", prepared, kPackedAlignment);
+  check_optional("means", means);
+  const Kernel& kernel = weight_kernel(target_of(queue), queue.kernel());
+  auto* const to = static_cast<uint8_t*>(prepared);
+  if (kernel.prepare_values) {
+    return kernel.prepare_values(shape, {weight, type, layout}, to, means, queue);
+  }
+  check_pointer("workspace", workspace, kPackedAlignment);
+  const ImageShape image = weight_image(shape);
+  pack_bits(image, weight, type, layout, {}, workspace, queue);
+  kernel.prepare(shape, static_cast<const uint8_t*>(workspace), to, queue);
+  if (means) {
+    const int64_t columns = image.channels * image.height * image.width;
+    abs_mean(image.batch, columns, weight, type, means, queue);
+  }
 }
 
 int64_t workspace_bytes(const Conv2dShape& shape, const Queue& queue) {

@@ -24,6 +24,12 @@ struct Target {
   CpuFeatures cpu;
 };
 
+struct WeightValues {
+  const void* data;
+  DataType type;
+  Layout layout;  // Of the image that each filter is.
+};
+
 struct Conv2dArgs {
   Conv2dShape shape;
   const uint8_t* input;
@@ -39,6 +45,9 @@ struct Kernel {
   bool (*accepts)(const Conv2dShape&);
   int64_t (*prepared_bytes)(const WeightShape&);
   void (*prepare)(const WeightShape&, const uint8_t* packed, uint8_t* prepared, const Queue&);
+  // Null, or the same from values, and unless null the mean magnitude of each filter.
+  void (*prepare_values)(const WeightShape&, const WeightValues&, uint8_t* prepared, float* means,
+                         const Queue&) = nullptr;
   int64_t (*workspace_bytes)(const Conv2dShape&, const Queue&);
   void (*launch)(const Conv2dArgs&, const Queue&);
   // Null, or for some convolutions of values, whose bits then go through no memory: the input of

@@ -99,6 +99,11 @@ void check_weight_error(const Queue& queue, const WeightShape& shape,
   };
   check("prepared_weight_bytes", [&] { prepared_weight_bytes(shape, queue); });
   check("prepare_weight", [&] { prepare_weight(shape, packed.data(), prepared.data(), queue); });
+  check("weight_workspace_bytes", [&] { weight_workspace_bytes(shape, queue); });
+  check("prepare_weight of values", [&] {
+    prepare_weight(shape, packed.data(), DataType::kFloat32, Layout::kNHWC, prepared.data(),
+                   nullptr, packed.data(), queue);
+  });
   prepared.check_untouched("prepared");
   Conv2dShape conv = shape_3x3(1, 16, 4, 4, 8);
   conv.weight = shape;
@@ -570,6 +575,35 @@ TEST(ErrorsConv2d, BadPointersAreRejected) {
     CHECK_ERROR(weight(call.input, nullptr), kInvalid, "prepared", "null");
     CHECK_ERROR(weight(beyond(call.input, 8), out.data()), kInvalid, "packed", "multiple of 16");
     CHECK_ERROR(weight(call.input, beyond(out.data(), 8)), kInvalid, "prepared", "multiple of 16");
+    out.check_untouched("prepared");
+
+    const auto values = [&](const void* data, DataType type, void* prepared, float* means,
+                            void* workspace) {
+      prepare_weight(call.shape.weight, data, type, Layout::kNHWC, prepared, means, workspace,
+                     queue);
+    };
+    Buffer memory(queue, 4096, 16);
+    void* const scratch = memory.data();
+    CHECK_ERROR(values(nullptr, kType, out.data(), nullptr, scratch), kInvalid, "weight", "null");
+    CHECK_ERROR(values(beyond(call.input, 2), kType, out.data(), nullptr, scratch), kInvalid,
+                "weight", "multiple of 4");
+    CHECK_ERROR(values(call.input, DataType::kInt32, out.data(), nullptr, scratch), kInvalid,
+                "type", "int32");
+    CHECK_ERROR(values(call.input, DataType::kInt8, out.data(), memory.as<float>(), scratch),
+                kInvalid, "means", "int8", "null");
+    CHECK_ERROR(values(call.input, kType, nullptr, nullptr, scratch), kInvalid, "prepared", "null");
+    CHECK_ERROR(values(call.input, kType, beyond(out.data(), 8), nullptr, scratch), kInvalid,
+                "prepared", "multiple of 16");
+    CHECK_ERROR(
+        values(call.input, kType, out.data(), static_cast<float*>(beyond(scratch, 2)), scratch),
+        kInvalid, "means", "multiple of 4");
+    if (weight_workspace_bytes(call.shape.weight, queue) > 0) {
+      CHECK_ERROR(values(call.input, kType, out.data(), nullptr, nullptr), kInvalid, "workspace",
+                  "null");
+      CHECK_ERROR(values(call.input, kType, out.data(), nullptr, beyond(scratch, 8)), kInvalid,
+                  "workspace", "multiple of 16");
+    }
+    memory.check_untouched("workspace");
     out.check_untouched("prepared");
   }
 }

@@ -103,6 +103,17 @@ BINCONV_API int64_t prepared_weight_bytes(const WeightShape& shape, const Queue&
 BINCONV_API void prepare_weight(const WeightShape& shape, const void* packed, void* prepared,
                                 const Queue& queue);
 
+// Scratch memory for one call of prepare_weight on values.
+BINCONV_API int64_t weight_workspace_bytes(const WeightShape& shape, const Queue& queue);
+
+// The same for values, OIHW (kNCHW) or OHWI (kNHWC), of which it takes the bits that pack_bits
+// would make; a GPU does it in one launch. type: kFloat32, kFloat16, kBFloat16 or kInt8. means:
+// [out_channels], takes mean(|weight|) of each filter, as abs_mean computes it, or is null, as it
+// must be for kInt8. workspace: weight_workspace_bytes, 16-byte aligned, or null for none.
+BINCONV_API void prepare_weight(const WeightShape& shape, const void* weight, DataType type,
+                                Layout layout, void* prepared, float* means, void* workspace,
+                                const Queue& queue);
+
 // Scratch memory for one call of binary_conv2d. Its content does not outlive the call; calls that
 // run one after another may share it.
 BINCONV_API int64_t workspace_bytes(const Conv2dShape& shape, const Queue& queue);

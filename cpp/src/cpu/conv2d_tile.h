@@ -399,13 +399,13 @@ class TiledConv2d {
 template <class Isa>
 constexpr Kernel make_kernel(const char* name, bool (*runs_on)(const Target&)) {
   using Conv2d = TiledConv2d<Isa>;
-  return {name,
-          runs_on,
-          accepts_any_shape,
-          Conv2d::prepared_bytes,
-          Conv2d::prepare,
-          Conv2d::workspace_bytes,
-          Conv2d::launch};
+  return {.name = name,
+          .runs_on = runs_on,
+          .accepts = accepts_any_shape,
+          .prepared_bytes = Conv2d::prepared_bytes,
+          .prepare = Conv2d::prepare,
+          .workspace_bytes = Conv2d::workspace_bytes,
+          .launch = Conv2d::launch};
 }
 
 }  // namespace

@@ -235,6 +235,7 @@ const Kernel kConv2dDirect = {.name = "cuda_direct",
                               .accepts = accepts_any_shape,
                               .prepared_bytes = prepared_bytes,
                               .prepare = prepare_weight,
+                              .prepare_values = prepare_values,
                               .workspace_bytes = no_workspace,
                               .launch = launch_conv2d};
 

@@ -45,5 +45,7 @@ PreparedLayout prepared_layout(const WeightShape& shape);
 int64_t prepared_bytes(const WeightShape& shape);
 void prepare_weight(const WeightShape& shape, const uint8_t* packed, uint8_t* prepared,
                     const Queue& queue);
+void prepare_values(const WeightShape& shape, const WeightValues& weight, uint8_t* prepared,
+                    float* means, const Queue& queue);
 
 }  // namespace binconv::cuda

@@ -219,8 +219,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     once_more = torch.is_grad_enabled()  # It will be differentiated itself.
     masks = isinstance(ste, Clip) and not (once_more or ops.is_traced(grad))  # A compiler fuses it.
     limit = None if once_more else _limit(weight_ste)
-    finishes = limit is not None and not needs_scale
-    needs = needs_x or needs_shift, needs_weight or needs_leaf or needs_scale
+    of_floats = needs_weight or needs_leaf
+    finishes = limit is not None and of_floats and not needs_scale
+    needs = needs_x or needs_shift, of_floats or needs_scale
     grad_x: Any = None
     of_signs: Any = None
     if any(needs):
@@ -240,7 +241,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with ops.naming(ops.sign_conv2d_backward):
             grad_x = _let_through(ste, grad_x, bits, codes)
     grad_weight = None
-    if needs_weight or needs_leaf:
+    if of_floats:
         grad_weight = (
             of_signs
             if finishes
