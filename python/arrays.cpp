@@ -67,6 +67,10 @@ Array import_array(const char* name, nb::handle object, const char* expected,
                    DataType (*type)(const char*, nb::dlpack::dtype) = type_of) {
   Import import;
   if (!nb::try_cast(object, import, /*convert=*/false)) {
+    nb::ndarray<nb::ro> array;
+    if (nb::try_cast(object, array, /*convert=*/false)) {
+      fail(name, ": got a read-only array, expected ", expected);
+    }
     throw_type_error(name, object, expected);
   }
   std::vector<int64_t> shape, strides;
@@ -132,16 +136,22 @@ void Array::expect_aligned(int64_t alignment) const {
   fail(name, ": got address ", data, ", expected a multiple of ", alignment, " bytes");
 }
 
+std::optional<Gap> find_gap(const std::vector<int64_t>& shape,
+                            const std::vector<int64_t>& strides) {
+  if (std::find(shape.begin(), shape.end(), 0) != shape.end()) return std::nullopt;
+  int64_t stride = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    if (shape[i] > 1 && strides[i] != stride) return Gap{i, stride};
+    stride *= shape[i];
+  }
+  return std::nullopt;
+}
+
 Array dense_array(const char* name, void* data, DataType type, Device device,
                   const std::vector<int64_t>& shape, const std::vector<int64_t>& strides) {
-  const bool is_empty = std::find(shape.begin(), shape.end(), 0) != shape.end();
-  int64_t stride = 1;
-  for (size_t i = shape.size(); i-- > 0 && !is_empty;) {
-    if (shape[i] > 1 && strides[i] != stride) {
-      fail(name, ": got stride ", strides[i], " in dimension ", i, ", expected ", stride,
-           " (a C-contiguous array)");
-    }
-    stride *= shape[i];
+  if (const auto gap = find_gap(shape, strides)) {
+    fail(name, ": got stride ", strides[gap->dimension], " in dimension ", gap->dimension,
+         ", expected ", gap->stride, " (a C-contiguous array)");
   }
   Array array = {name, data, type, device, shape, {}};
   array.expect_aligned(entry_of(type).bits / 8);

@@ -60,6 +60,13 @@ struct Array {
 
 const char* type_name(DataType type);
 
+// The first dimension, from behind, whose stride is not that of a C-contiguous array; and that one.
+struct Gap {
+  size_t dimension;
+  int64_t stride;
+};
+std::optional<Gap> find_gap(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides);
+
 // Throws unless the strides are those of a C-contiguous array, and the address is aligned.
 Array dense_array(const char* name, void* data, DataType type, Device device,
                   const std::vector<int64_t>& shape, const std::vector<int64_t>& strides);

@@ -438,7 +438,7 @@ Gradients convolve_backward(const Conv2dShape& shape, const Tensor& grad, const 
                     shape.pad_left != shape.pad_right;
   const Sizes room = {shape.pad_left, shape.pad_right, shape.pad_top, shape.pad_bottom};
   Call call;
-  call.tensor(*Call().tensor(grad)("aten::detach")[0])  // Else autograd records the call.
+  call.tensor(grad.detached())
       .tensor(pads ? padded(signs, room, shape.pad_value) : signs.another())
       .tensor(filters)
       .none()

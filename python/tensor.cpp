@@ -37,6 +37,7 @@ constexpr uint64_t kInterfaceVersion = uint64_t{2} << 56 | uint64_t{10} << 48;
   FUNCTION(Failure, torch_call_dispatcher,                                                   \
            (const char* name, const char* overload, StableIValue* stack, uint64_t version))  \
   FUNCTION(Failure, torch_get_num_threads, (uint32_t*))                                      \
+  FUNCTION(bool, aoti_torch_grad_mode_is_enabled, ())                                        \
   FUNCTION(Failure, aoti_torch_library_init_impl,                                            \
            (const char* library, const char* dispatch_key, const char* file, uint32_t line,  \
             LibraryHandle*))                                                                 \
@@ -48,6 +49,10 @@ constexpr uint64_t kInterfaceVersion = uint64_t{2} << 56 | uint64_t{10} << 48;
   FUNCTION(int32_t, aoti_torch_dtype_int8, ())                                               \
   FUNCTION(int32_t, aoti_torch_dtype_int32, ())                                              \
   FUNCTION(int32_t, aoti_torch_dtype_uint8, ())                                              \
+  FUNCTION(int32_t, aoti_torch_dtype_float64, ())                                            \
+  FUNCTION(int32_t, aoti_torch_dtype_int64, ())                                              \
+  FUNCTION(int32_t, aoti_torch_dtype_int16, ())                                              \
+  FUNCTION(int32_t, aoti_torch_dtype_bool, ())                                               \
   FUNCTION(int32_t, aoti_torch_device_type_cpu, ())                                          \
   FUNCTION(int32_t, aoti_torch_device_type_cuda, ())                                         \
   FUNCTION(int32_t, aoti_torch_memory_format_contiguous_format, ())                          \
@@ -107,6 +112,15 @@ const std::vector<TypePair>& types() {
   return pairs;
 }
 
+// Of a type that no argument has.
+std::string name_of(int32_t dtype) {
+  if (dtype == torch.aoti_torch_dtype_float64()) return "float64";
+  if (dtype == torch.aoti_torch_dtype_int64()) return "int64";
+  if (dtype == torch.aoti_torch_dtype_int16()) return "int16";
+  if (dtype == torch.aoti_torch_dtype_bool()) return "bool";
+  return "PyTorch's dtype number " + std::to_string(dtype);
+}
+
 int32_t dtype_of(DataType type) {
   const auto is_it = [&](const TypePair& pair) { return pair.type == type; };
   return std::find_if(types().begin(), types().end(), is_it)->dtype;
@@ -115,16 +129,6 @@ int32_t dtype_of(DataType type) {
 // (N, C, H, W) to (N, H, W, C).
 std::vector<int64_t> to_nhwc(const std::vector<int64_t>& nchw) {
   return {nchw[0], nchw[2], nchw[3], nchw[1]};
-}
-
-bool is_contiguous(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
-  if (std::find(sizes.begin(), sizes.end(), 0) != sizes.end()) return true;
-  int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    if (sizes[i] > 1 && strides[i] != stride) return false;
-    stride *= sizes[i];
-  }
-  return true;
 }
 
 std::vector<int64_t> contiguous_strides(const std::vector<int64_t>& sizes) {
@@ -155,7 +159,7 @@ DataType Dtype::type(const char* name) const {
   for (const TypePair& pair : types()) {
     if (pair.dtype == code) return pair.type;
   }
-  fail(name, ": got PyTorch's dtype number ", code,
+  fail(name, ": got ", name_of(code),
        ", expected float32, float16, bfloat16, int8, int32 or uint8");
 }
 
@@ -194,14 +198,19 @@ bool Tensor::is_channels_last() const {
 }
 
 bool Tensor::is_dense(Layout layout) const {
-  if (layout == Layout::kNCHW) return is_contiguous(sizes_, strides_);
-  return sizes_.size() == 4 && is_contiguous(to_nhwc(sizes_), to_nhwc(strides_));
+  if (layout == Layout::kNCHW) return !find_gap(sizes_, strides_);
+  return sizes_.size() == 4 && !find_gap(to_nhwc(sizes_), to_nhwc(strides_));
 }
 
 Tensor Tensor::another() const {
   TensorHandle handle;
   check(torch.aoti_torch_new_tensor_handle(handle_.get(), &handle));
   return Tensor(handle);
+}
+
+Tensor Tensor::detached() const {
+  if (!torch.aoti_torch_grad_mode_is_enabled()) return another();
+  return std::move(*Call().tensor(*this)("aten::detach")[0]);
 }
 
 Tensor Tensor::copied(Layout layout) const {

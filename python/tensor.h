@@ -58,7 +58,8 @@ class Tensor {
   explicit Tensor(TensorHandle handle);
 
   TensorHandle release() { return handle_.release(); }
-  Tensor another() const;  // Reference to the same.
+  Tensor another() const;   // Reference to the same.
+  Tensor detached() const;  // The same for autograd to pass by.
 
   const std::vector<int64_t>& sizes() const { return sizes_; }
   const Device& device() const { return device_; }

@@ -416,6 +416,17 @@ def test_bad_argument_is_refused_by_name(device, name, argument, change):
     assert_same(call, before)
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_an_operand_on_meta_beside_others_is_refused(device, name):
+    call = good(name, device)
+    tensors = [key for key, value in call.items() if is_tensor(value)]
+    if len(tensors) == 1:
+        pytest.skip("takes one tensor")
+    for key in tensors:
+        with pytest.raises(ValueError, match=f"^{name}: got a tensor on meta, expected one on "):
+            getattr(OPS, name)(**call | {key: call[key].to("meta")})
+
+
 SHAPED_AS_BITS = {  # The output is, in memory.
     "x": LAYOUTS["channels_last"](torch.ones(2, 16, 5, 5)),
     "weight": torch.ones(16, 16, 3, 3),

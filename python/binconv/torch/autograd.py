@@ -354,11 +354,8 @@ def _weight_gradient(
     return y.to(dtype)
 
 
-def _fake_sign_conv2d(x: Tensor, weight: Tensor, *others: Any) -> Tensor:
-    geometry, out_dtype = others[7:9]
-    batch, _, *in_sizes = x.shape
-    sizes = ops.out_sizes(batch, in_sizes, weight.shape, *ops.geometry_parts(geometry)[:3])
-    return torch.empty(sizes, dtype=out_dtype, device=x.device, memory_format=ops.memory_format(x))
+def _forward(*inputs: Any) -> Any:
+    return _convolve(inputs[:9], inputs[9:])[0]
 
 
 _operator = ops.define(
@@ -366,7 +363,7 @@ _operator = ops.define(
     "Tensor? residual, Tensor? prepared, Tensor? progress, Tensor? leaf, int[10] geometry, "
     "ScalarType out_dtype, bool mean_scale, str ste, float ste_parameter, str weight_ste, "
     "float weight_ste_parameter) -> Tensor",
-    _fake_sign_conv2d,
-    kernel=lambda *inputs: _convolve(inputs[:9], inputs[9:])[0],
+    _forward,
+    kernel=_forward,
     autograd=_autograd,
 )

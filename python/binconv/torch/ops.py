@@ -399,6 +399,14 @@ def _packed_conv2d_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | N
     return *[None] * 5, *gradients, *[None] * 8
 
 
+def _check_meta(name: str, arguments: Sequence[Any]) -> None:
+    """That none is a tensor on meta where another one is not: PyTorch takes all for meta then."""
+    tensors = [x for x in arguments if isinstance(x, Tensor)]
+    if len({x.is_meta for x in tensors}) > 1:
+        other = next(x.device for x in tensors if not x.is_meta)
+        raise ValueError(f"{name}: got a tensor on meta, expected one on {other} as the others")
+
+
 def define(
     schema: str,
     fake: Callable[..., Any],
@@ -415,7 +423,13 @@ def define(
     """
     name = schema.partition("(")[0]
     _library.define(schema)
-    torch.library.register_fake(f"binconv::{name}", fake, lib=_library)
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any) -> Any:
+        _check_meta(name, arguments)
+        return fake(*arguments)
+
+    torch.library.register_fake(f"binconv::{name}", checked, lib=_library)
     for key, function in (("CPU", kernel), ("CUDA", kernel), ("Autograd", autograd)):
         if function is not None:
             _library.impl(name, function, key)
