@@ -45,7 +45,8 @@ struct Kernel {
   bool (*accepts)(const Conv2dShape&);
   int64_t (*prepared_bytes)(const WeightShape&);
   void (*prepare)(const WeightShape&, const uint8_t* packed, uint8_t* prepared, const Queue&);
-  // Null, or the same from values, and unless null the mean magnitude of each filter.
+  // Null, or the same from values, which also writes each filter's mean magnitude to means unless
+  // that is null.
   void (*prepare_values)(const WeightShape&, const WeightValues&, uint8_t* prepared, float* means,
                          const Queue&) = nullptr;
   int64_t (*workspace_bytes)(const Conv2dShape&, const Queue&);

@@ -207,10 +207,7 @@ def _autograd(*inputs: Any) -> Any:
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of the tensors among the arguments, and None."""
     bits, codes, weight, scale, progress = ctx.saved_tensors
-    of_x, of_weight = (None, None) if progress is None else progress
-    name, parameter, weight_name, weight_parameter = ctx.estimators
-    ste = of_parameter(name, parameter, of_x)
-    weight_ste = of_parameter(weight_name, weight_parameter, of_weight)
+    ste, weight_ste = _estimators(ctx, progress)
     needs_x, needs_weight, needs_shift, needs_scale, needs_bias, needs_residual, *_, needs_leaf = (
         ctx.needs_input_grad[:9]
     )
@@ -219,9 +216,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     once_more = torch.is_grad_enabled()  # It will be differentiated itself.
     masks = isinstance(ste, Clip) and not (once_more or ops.is_traced(grad))  # A compiler fuses it.
     limit = None if once_more else _limit(weight_ste)
-    of_floats = needs_weight or needs_leaf
-    finishes = limit is not None and of_floats and not needs_scale
-    needs = needs_x or needs_shift, of_floats or needs_scale
+    needs_values = needs_weight or needs_leaf
+    finishes = limit is not None and needs_values and not needs_scale
+    needs = needs_x or needs_shift, needs_values or needs_scale
     grad_x: Any = None
     of_signs: Any = None
     if any(needs):
@@ -241,12 +238,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with ops.naming(ops.sign_conv2d_backward):
             grad_x = _let_through(ste, grad_x, bits, codes)
     grad_weight = None
-    if of_floats:
-        grad_weight = (
-            of_signs
-            if finishes
-            else _weight_gradient(weight_ste, of_signs, weight, scale, limit, dtype)
-        )
+    if finishes:
+        grad_weight = of_signs
+    elif needs_values:
+        grad_weight = _weight_gradient(weight_ste, of_signs, weight, scale, limit, dtype)
     return (
         grad_x.to(x_dtype) if needs_x else None,
         grad_weight if needs_weight else None,
@@ -259,6 +254,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_weight if needs_leaf else None,
         None,
     )
+
+
+def _estimators(ctx: Any, progress: Tensor | None) -> tuple[Estimator, Estimator]:
+    of_x, of_weight = (None, None) if progress is None else progress
+    name, parameter, weight_name, weight_parameter = ctx.estimators
+    ste = of_parameter(name, parameter, of_x)
+    return ste, of_parameter(weight_name, weight_parameter, of_weight)
 
 
 def _limit(estimator: Estimator) -> float | None:
