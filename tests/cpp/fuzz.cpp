@@ -5,6 +5,7 @@
 
 #include "conv2d_check.h"
 #include "test.h"
+#include "weight_check.h"
 
 // binconv_fuzz [seed] [iterations] [cpu|cuda]: random shapes, epilogues and memory placements on
 // every kernel. Iteration i is drawn from seed + i alone. Without a seed, or with 0, it is a fresh
@@ -21,7 +22,7 @@ void fuzz_one(uint64_t seed) {
   const Problem problem(shape, seed);
   const auto placement = random.pick({Placement::kStart, Placement::kEnd, Placement::kOffEnd});
   const EpilogueCase first = random_epilogue(random), second = random_epilogue(random);
-  const bool with_values = random.one_in(2);
+  const bool with_values = random.one_in(2), with_weight = random.one_in(2);
   for (const binconv::Queue& queue : kernel_queues(shape)) {
     const Context queue_context(describe(queue));
     run_guarded([&] {
@@ -30,6 +31,7 @@ void fuzz_one(uint64_t seed) {
       run.check(first);
       run.check(second);
       if (with_values) check_random_values(problem, queue, seed);
+      if (with_weight) check_random_weight(shape.weight, queue, seed);
     });
   }
 }

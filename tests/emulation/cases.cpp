@@ -7,6 +7,7 @@
 #include "cuda/halo.h"
 #include "emulation/gpu.h"
 #include "test.h"
+#include "weight_check.h"
 
 namespace binconv::emulation {
 namespace {
@@ -137,6 +138,7 @@ void check_random_conv2d(const char* kernel, uint64_t seed) {
     const Run run(problem, queue, placement);
     run.check(random.one_in(2) ? common_epilogue(random) : random_epilogue(random));
     if (random.one_in(2)) check_random_values(problem, queue, seed);
+    if (random.one_in(4)) check_random_weight(shape.weight, queue, seed);
   });
 }
 
