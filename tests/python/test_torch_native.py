@@ -416,13 +416,12 @@ def test_bad_argument_is_refused_by_name(device, name, argument, change):
     assert_same(call, before)
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(
+    "name", [n for n in OPERATORS if sum(map(is_tensor, good(n).values())) > 1]
+)
 def test_an_operand_on_meta_beside_others_is_refused(device, name):
     call = good(name, device)
-    tensors = [key for key, value in call.items() if is_tensor(value)]
-    if len(tensors) == 1:
-        pytest.skip("takes one tensor")
-    for key in tensors:
+    for key in [key for key, value in call.items() if is_tensor(value)]:
         with pytest.raises(ValueError, match=f"^{name}: got a tensor on meta, expected one on "):
             getattr(OPS, name)(**call | {key: call[key].to("meta")})
 

@@ -69,7 +69,7 @@ def naming(operator: Any) -> contextlib.AbstractContextManager[None]:
     """Where a graph is being made, tells that what runs within is a part of the operator.
 
     A compiler then names a fused kernel after that and not after every step, which would exceed the
-    150 characters up to which Triton keeps names: Inductor launches others three times as slowly.
+    150 characters up to which Triton keeps names: Inductor's quick launcher does not find others.
     """
     try:
         from torch.fx.experimental.proxy_tensor import set_original_aten_op
