@@ -432,14 +432,16 @@ struct Gradients {
 };
 
 // convT(grad, filters) and corr(grad, signs), as far as they are needed.
-Gradients convolve_backward(const Conv2dShape& shape, const Tensor& grad, const Tensor& signs,
-                            const Tensor& filters, bool needs_x, bool needs_weight) {
+Gradients convolve_backward(const Conv2dShape& shape, const Tensor& grad, Tensor signs,
+                            Tensor filters, bool needs_x, bool needs_weight) {
   const bool pads = shape.pad_value != 0 || shape.pad_top != shape.pad_bottom ||
                     shape.pad_left != shape.pad_right;
   const Sizes room = {shape.pad_left, shape.pad_right, shape.pad_top, shape.pad_bottom};
+  if (pads) signs = padded(signs, room, shape.pad_value);
+  const Tensor gradient = grad.detached();
   Call call;
-  call.tensor(grad.detached())
-      .tensor(pads ? padded(signs, room, shape.pad_value) : signs.another())
+  call.tensor(gradient)
+      .tensor(signs)
       .tensor(filters)
       .none()
       .ints({shape.stride_height, shape.stride_width})
@@ -480,12 +482,12 @@ void sign_conv2d_backward(Stack& stack) {
   }
   const auto scale = array_of("scale", given.scale);
   const Sizes sizes = {shape.batch, shape.weight.in_channels, shape.in_height, shape.in_width};
-  const Tensor signs = bits.new_empty(sizes, type, Layout::kNHWC);
-  const Tensor filters = bits.new_empty(weight.sizes(), type, weight.layout);
+  Tensor signs = bits.new_empty(sizes, type, Layout::kNHWC);
+  Tensor filters = bits.new_empty(weight.sizes(), type, weight.layout);
   sign_conv2d_operands(bits_at(bits, 0), weight.array, signs.array("signs", Layout::kNHWC),
                        filters.array("filters", weight.layout), Layout::kNHWC, scale, bits.place());
-  auto [of_x, of_signs] =
-      convolve_backward(shape, grad.tensor, signs, filters, given.needs_x, given.needs_weight);
+  auto [of_x, of_signs] = convolve_backward(shape, grad.tensor, std::move(signs),
+                                            std::move(filters), given.needs_x, given.needs_weight);
   if (of_x) of_x = dense("grad", std::move(*of_x), Layout::kNHWC);
   if (of_signs) of_signs = dense("grad", std::move(*of_signs), weight.layout);
   if (of_x && given.masks) {

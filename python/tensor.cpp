@@ -88,7 +88,8 @@ bool find_functions() {
 
 [[noreturn]] void fail_with(const std::string& what) {
   const auto text = torch.torch_exception_get_what_without_backtrace;
-  throw Error(Status::kCudaError, "torch: got " + what + (text ? std::string(": ") + text() : ""));
+  const std::string why = text ? std::string(": ") + text() : ", it may be out of memory";
+  throw Error(Status::kCudaError, "torch: got " + what + why);
 }
 
 void check(Failure failure) {
@@ -231,8 +232,7 @@ Tensor Tensor::new_empty(const std::vector<int64_t>& sizes, DataType type, Layou
   const Failure failure = torch.aoti_torch_empty_strided(
       static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype_of(type), device_type,
       device_.cuda.value_or(0), &handle);
-  if (failure != 0)
-    fail_with("no memory for a result on " + device_.str() + ", it may be out of memory");
+  if (failure != 0) fail_with("no memory for a result on " + device_.str());
   return Tensor(handle);
 }
 

@@ -59,7 +59,7 @@ class Tensor {
 
   TensorHandle release() { return handle_.release(); }
   Tensor another() const;   // Reference to the same.
-  Tensor detached() const;  // The same for autograd to pass by.
+  Tensor detached() const;  // The same; what follows is not recorded.
 
   const std::vector<int64_t>& sizes() const { return sizes_; }
   const Device& device() const { return device_; }
@@ -117,7 +117,8 @@ class Stack {
   StableIValue *next_, *results_;
 };
 
-// A call of one of PyTorch's own operators: its arguments, put in the order of its schema.
+// A call of one of PyTorch's own operators: its arguments, put in the order of its schema. It has
+// to be made once they are put, as it is what frees them.
 class Call {
  public:
   Call& tensor(const Tensor& x) { return put(bits_of(x.another().release())); }

@@ -508,6 +508,19 @@ def test_copies_are_released(device, shape):
     assert memory_held(device) - before < 100 * gradient.nbytes
 
 
+def test_a_gradient_is_released_when_its_padding_finds_no_memory(device):
+    bits = torch.zeros(1, 200000, 1, 1, 1, dtype=torch.uint8, device=device)
+    weight, grad = torch.ones(8, 8, 1, 1, device=device), torch.ones(200000, 8, 2, 2, device=device)
+    most = 2**31 - 1
+    geometry = [most, most, 0, 0, most, most, 1, 1, 1, 1]
+    before = grad._use_count()
+    with pytest.raises(RuntimeError, match="aten::pad"):
+        OPS.sign_conv2d_backward(
+            grad, bits, weight, None, geometry, True, True, False, None, torch.float32
+        )
+    assert grad._use_count() == before
+
+
 def test_calls_of_many_threads_at_a_time_give_the_same(device):
     draw = Draw(0, device)
     calls = [(getattr(OPS, name), *CASES[name](draw)) for name in CASES for _ in range(4)]
@@ -541,6 +554,11 @@ def test_compiled_operator_equals_eager(device, name):
     assert_same(got, expected)
     assert_same(calls[1], calls[0])
     assert forms(got) == forms(expected)
+
+
+def test_a_backward_of_which_nothing_is_needed_passes_opcheck(device):
+    call = good("sign_conv2d_backward", device) | {"needs_x": False, "needs_weight": False}
+    torch.library.opcheck(OPS.sign_conv2d_backward.default, tuple(call.values()))
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,7 +12,9 @@ from functorch.compile import make_boxed_func
 from kept_memory import bytes_kept
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from binconv.torch import (
     EDE,
@@ -432,6 +434,29 @@ def test_the_backward_of_a_compiled_layer_keeps_bits(device, ste, bits):
     compiled(x).sum().backward()
     kept = bytes_kept(lambda: compiled(x), layer.weight, layer.bias)
     assert kept <= x.numel() * bits / 8 + 3 * 4 * 8
+
+
+def test_tangents_of_gradients_are_those_of_a_linear_map(device):
+    layer, x = BinaryConv2d(8, 4, 3, padding=1).to(device), torch.randn(1, 8, 6, 6, device=device)
+    grad, tangent = torch.randn(2, 1, 4, 6, 6, device=device)
+
+    def gradients(of_result):
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad((layer(leaf) * of_result).sum(), (leaf, layer.weight))
+
+    with forward_ad.dual_level():
+        got = gradients(forward_ad.make_dual(grad, tangent))
+        tangents = [forward_ad.unpack_dual(g).tangent for g in got]
+    for a, b in zip(tangents, gradients(tangent), strict=True):
+        reference_torch.assert_gradient_is(a, b.cpu().double())
+
+
+def test_flops_of_backward_are_those_of_its_two_convolutions(device):
+    x = torch.randn(2, 16, 8, 8, device=device, requires_grad=True)
+    y = BinaryConv2d(16, 8, 3).to(device)(x)
+    with FlopCounterMode(display=False) as counter:
+        y.sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * y.numel() * 16 * 3 * 3
 
 
 @pytest.mark.parametrize("channels", [24, 128])

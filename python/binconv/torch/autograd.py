@@ -45,6 +45,8 @@ def sign_conv2d(
         dL/dscale  = sum over a filter of sign(weight) * corr(G, sign(x + shift))
         dL/dbias   = sum of G over images and pixels, dL/dresidual = G
 
+    Differentiated once more, signs count as constants, and so do masks.
+
     Kept for backward: weight, scale and one bit of each value of x, the sign; besides, for a clip,
     one bit, whether |x + shift| is within it, and for an estimator that depends on the magnitude
     its derivative as an 8-bit code, which is off by at most peak / 254. Bits are rounded up to
@@ -213,7 +215,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
     x_dtype, residual_dtype = ctx.dtypes
     dtype = torch.float32 if needs_leaf else weight.dtype
-    once_more = torch.is_grad_enabled()  # It will be differentiated itself.
+    once_more = _is_differentiated()
     masks = isinstance(ste, Clip) and not (once_more or ops.is_traced(grad))  # A compiler fuses it.
     limit = None if once_more else _limit(weight_ste)
     needs_values = needs_weight or needs_leaf
@@ -254,6 +256,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_weight if needs_leaf else None,
         None,
     )
+
+
+def _is_differentiated() -> bool:
+    """Whether what is computed now gets derivatives itself, backward or forward."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def _estimators(ctx: Any, progress: Tensor | None) -> tuple[Estimator, Estimator]:
@@ -350,7 +357,8 @@ def _weight_gradient(
         return y
     y = of_signs.float() if scale is None else of_signs * scale.view(-1, 1, 1, 1)
     if isinstance(estimator, Clip):
-        y = torch.where(weight.float().abs() <= estimator.parameter, y, 0)
+        largest = torch.finfo(torch.float32).max
+        y = torch.where(weight.float().abs() <= min(estimator.parameter, largest), y, 0)
     elif not isinstance(estimator, Identity):
         y = y * estimator.derivative(weight.float())
     return y.to(dtype)

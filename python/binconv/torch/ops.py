@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import operator
 import threading
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils.flop_counter import register_flop_formula
 
 import binconv
 from binconv._binconv import register_operators
@@ -340,15 +342,31 @@ def _fake_sign_conv2d_backward(
     """convT(grad, scale * sign(weight)) in channels_last and corr(grad, sign(x)) in that of weight.
 
     Bits as from sign_conv2d_no_grad, of each pixel at least those of the channels. masks: makes the
-    first 0 where the bits of the clip are. limit: multiplies the second by scale, and makes it 0
-    where |weight| is greater. What is not needed is (0,).
+    first 0 where the bits of the clip are 0. limit: multiplies the second by scale, and makes it 0
+    unless |weight| <= limit or that is infinite. What is not needed is (0,).
     """
     channels = weight.shape[1] * geometry_parts(geometry)[3]
-    nothing = grad.new_empty(0)
     return (
-        _fake_unpack_bits(bits[0], channels, grad.dtype) if needs_x else nothing,
-        _new_as(weight, grad.dtype if limit is None else dtype) if needs_weight else nothing,
+        _fake_unpack_bits(bits[0], channels, grad.dtype) if needs_x else grad.new_empty(0),
+        _new_as(weight, grad.dtype if limit is None else dtype)
+        if needs_weight
+        else grad.new_empty(0),
     )
+
+
+def _flops_of_backward(
+    grad: Sequence[int],
+    bits: Sequence[int],
+    weight: Sequence[int],
+    scale: Any,
+    geometry: Any,
+    needs_x: bool,
+    needs_weight: bool,
+    *_: Any,
+    **__: Any,
+) -> int:
+    """Of the two convolutions of floats, from shapes."""
+    return 2 * (needs_x + needs_weight) * math.prod(grad) * math.prod(weight[1:])
 
 
 def _new_as(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -487,6 +505,7 @@ sign_conv2d_backward = define(
     "ScalarType dtype) -> (Tensor, Tensor)",
     _fake_sign_conv2d_backward,
 )
+register_flop_formula(torch.ops.binconv.sign_conv2d_backward)(_flops_of_backward)
 weight_gradient = define(
     "weight_gradient(Tensor gradient, Tensor weight, Tensor? scale, float limit, "
     "ScalarType dtype) -> Tensor",
