@@ -177,6 +177,11 @@ std::string channel_and_pixel(const ImageShape& output, int64_t pixel, int64_t o
 
 }  // namespace
 
+std::vector<uint8_t> draw_values_of(const std::vector<uint8_t>& packed, const ImageShape& image,
+                                    DataType type, Layout layout, Random& random) {
+  return encode_bits(random, image, packed, type, layout, draw_values(random, type), {0.0f});
+}
+
 Conv2dShape shape_1x1(int64_t batch, int64_t in_channels, int64_t in_height, int64_t in_width,
                       int64_t out_channels) {
   return {.batch = batch,

@@ -86,6 +86,11 @@ class Problem {
   std::vector<int> acc_;
 };
 
+// A dense image of random values, special ones among them, whose signs are the bits of a packed
+// one.
+std::vector<uint8_t> draw_values_of(const std::vector<uint8_t>& packed, const ImageShape& image,
+                                    DataType type, Layout layout, Random& random);
+
 // prepare_weight on guarded memory of exactly prepared_weight_bytes.
 std::shared_ptr<Buffer> prepare(const WeightShape& shape, const std::vector<uint8_t>& packed,
                                 const Queue& queue, Placement placement = Placement::kEnd);

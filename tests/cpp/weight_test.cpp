@@ -1,3 +1,4 @@
+#include "random.h"
 #include "test.h"
 #include "weight_check.h"
 
@@ -32,15 +33,10 @@ TEST(WeightOfValues, ConvolvesAsItsBitsDo) {
   for (int64_t in_channels : {13, 64, 200}) {
     const Conv2dShape shape = shape_3x3(2, in_channels, 5, 6, 21);
     const Problem problem(shape, static_cast<uint64_t>(in_channels));
-    // Values of the signs of the problem's weight, OHWI.
-    const std::vector<uint8_t>& packed = problem.packed_weight();
-    std::vector<float> values(21 * 9 * in_channels);
-    for (int64_t i = 0; i < static_cast<int64_t>(values.size()); ++i) {
-      const int64_t tap = i / in_channels, channel = i % in_channels;
-      const uint8_t byte = packed[tap * reference::pixel_bytes(in_channels) + channel / 8];
-      values[i] = byte >> channel % 8 & 1 ? 0.5f : -0.25f;
-    }
-    const auto elements = reference::encode(DataType::kBFloat16, values);
+    Random random(static_cast<uint64_t>(in_channels));
+    const std::vector<uint8_t> elements =
+        draw_values_of(problem.packed_weight(), {21, in_channels, 3, 3}, DataType::kBFloat16,
+                       Layout::kNHWC, random);
     for (const Queue& queue : kernel_queues(shape)) {
       const Context context(describe(queue));
       run_guarded([&] {

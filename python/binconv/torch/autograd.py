@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import set_original_aten_op
 
 from . import ops
 from .estimators import EDE, Clip, Estimator, Identity, of_parameter
@@ -237,7 +238,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             dtype,
         )
     if needs[0] and not masks:
-        with ops.naming(ops.sign_conv2d_backward):
+        # Named after the operator, not after every step, a fused kernel's name stays within the 150
+        # characters that Triton keeps; Inductor's quick launcher does not find others.
+        with set_original_aten_op(ops.sign_conv2d_backward):
             grad_x = _let_through(ste, grad_x, bits, codes)
     grad_weight = None
     if finishes:

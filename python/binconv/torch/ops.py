@@ -9,7 +9,6 @@ them in one list, `geometry` (flat_geometry), behind a weight's shape where none
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import operator
@@ -65,19 +64,6 @@ def is_plain_call(arguments: Sequence[Any]) -> bool:
 def is_traced(x: Tensor) -> bool:
     """Whether x stands for a tensor in a graph that is being made, and has no values."""
     return torch.compiler.is_compiling() or isinstance(x, (FakeTensor, FunctionalTensor))
-
-
-def naming(operator: Any) -> contextlib.AbstractContextManager[None]:
-    """Where a graph is being made, tells that what runs within is a part of the operator.
-
-    A compiler then names a fused kernel after that and not after every step, which would exceed the
-    150 characters up to which Triton keeps names: Inductor's quick launcher does not find others.
-    """
-    try:
-        from torch.fx.experimental.proxy_tensor import set_original_aten_op
-    except ImportError:  # It is not public.
-        return contextlib.nullcontext()
-    return set_original_aten_op(operator)
 
 
 def _is_plain_state() -> bool:
