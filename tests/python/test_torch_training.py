@@ -451,6 +451,23 @@ def test_tangents_of_gradients_are_those_of_a_linear_map(device):
         reference_torch.assert_gradient_is(a, b.cpu().double())
 
 
+@pytest.mark.parametrize("channels", [3, 4, 16])
+@pytest.mark.parametrize("once_more", [False, True])
+def test_gradients_of_strided_1x1_kernels_of_few_channels(device, channels, once_more):
+    g = torch.Generator().manual_seed(channels)
+    x, w = (
+        torch.randn(9, channels, 12, 12, generator=g),
+        torch.randn(134, channels, 1, 1, generator=g),
+    )
+    grad = torch.randint(-3, 4, (9, 134, 6, 6), generator=g).float()
+    expected = reference_torch.gradients(x, w, grad, stride=2)
+    leaves = [t.to(device).requires_grad_() for t in (x, w)]
+    y = binary_conv2d(*leaves, stride=2)
+    got = torch.autograd.grad(y, leaves, grad.to(device), create_graph=once_more)
+    for a, b in zip(got, expected, strict=False):
+        reference_torch.assert_gradient_is(a.detach(), b)
+
+
 def test_flops_of_backward_are_those_of_its_two_convolutions(device):
     x = torch.randn(2, 16, 8, 8, device=device, requires_grad=True)
     y = BinaryConv2d(16, 8, 3).to(device)(x)

@@ -297,6 +297,8 @@ def _sign_gradients(
     if padded:
         pads = (left, right, top, bottom)
         signs = torch.nn.functional.pad(signs, pads, value=float(pad_value))
+    if tuple(weight.shape[2:]) == (1, 1) and max(stride) > 1 and not signs.is_cuda:
+        signs = signs.contiguous()  # Else oneDNN's weight gradient is wrong for few channels.
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad,
         signs,
