@@ -10,8 +10,9 @@ times are medians of rounds with the quartiles beside them. Memory is the peak o
 what was allocated before the network was made, and what autograd keeps from forward for backward
 beyond the parameters, from saved-tensor hooks. The last table says where the time on the GPU goes.
 
-Eager and compiled steps also depend on how quickly the host launches; two modes leave that out:
-"captured" is the eager step in one CUDA graph, "graphs" is torch.compile with reduce-overhead.
+Eager and compiled steps also depend on how quickly the host launches. "cpp_wrapper" is
+torch.compile with that option, where the host runs C++ instead of Python; two modes leave the host
+out: "captured" is the eager step in one CUDA graph, "graphs" is torch.compile with reduce-overhead.
 
     torchrun --nproc-per-node 2 benchmarks/training_step.py
 
@@ -39,6 +40,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,7 +50,7 @@ from binconv.torch.estimators import estimator
 from binconv.torch.models import bireal18
 
 HERE = Path(__file__).parent
-MODES = ["eager", "captured", "compiled", "graphs"]
+MODES = ["eager", "captured", "compiled", "cpp_wrapper", "graphs"]
 REPLAYED = ("captured", "graphs")  # From CUDA graphs, which hide operators and own their memory.
 
 
@@ -96,6 +98,7 @@ class Contender:
             "eager": {},
             "captured": {},
             "compiled": {"backend": settings.backend},
+            "cpp_wrapper": {"options": {"cpp_wrapper": True}},
             "graphs": {"mode": "reduce-overhead"},
         }
         if settings.processes > 1:
@@ -168,11 +171,11 @@ def prepare(name: str, mode: str, settings: argparse.Namespace) -> tuple[Contend
     before = torch.cuda.memory_allocated() if cuda else 0
     contender = Contender(layers[name], mode, settings)
     start = time.perf_counter()
-    # A stream of its own, as a capture asks for.
-    aside = (
-        torch.cuda.stream(torch.cuda.Stream()) if mode == "captured" else contextlib.nullcontext()
-    )
-    with aside:
+    with contextlib.ExitStack() as stack:
+        if mode == "captured":  # It asks for a stream of its own.
+            stack.enter_context(torch.cuda.stream(torch.cuda.Stream()))
+        # The option alone does not reach backward in PyTorch 2.11.
+        stack.enter_context(inductor_config.patch(cpp_wrapper=mode == "cpp_wrapper"))
         for _ in range(settings.warmup):
             loss = contender.step()
     synchronize(settings)

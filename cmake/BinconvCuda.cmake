@@ -24,6 +24,23 @@ if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
   set(CMAKE_CUDA_ARCHITECTURES "75-virtual;80-real;86-real;89-real;90a-real")
 endif()
 enable_language(CUDA)
+
+# The library selects its kernels by this list: a name becomes the numbers that it stands for, and 90 becomes
+# 90a, which runs on the same GPUs and has the instructions of cuda_sm90.
+set(_given "${CMAKE_CUDA_ARCHITECTURES}")
+if(_given MATCHES "^(native|all|all-major)$")
+  string(TOUPPER ${_given} _name)
+  string(REPLACE "-" "_" _name ${_name})
+  set(CMAKE_CUDA_ARCHITECTURES ${CMAKE_CUDA_ARCHITECTURES_${_name}})
+endif()
+if(NOT CMAKE_CUDA_ARCHITECTURES MATCHES "^[0-9]")
+  message(FATAL_ERROR "CMAKE_CUDA_ARCHITECTURES: got ${_given}, expected numbers such as 80-real;90a-real, all, "
+                      "all-major or, where there is a GPU, native.")
+endif()
+if(NOT CMAKE_CUDA_ARCHITECTURES MATCHES "90a(-real)?(;|$)")
+  list(TRANSFORM CMAKE_CUDA_ARCHITECTURES REPLACE "^90$" "90a-real;90-virtual")
+  list(TRANSFORM CMAKE_CUDA_ARCHITECTURES REPLACE "^90-real$" "90a-real")
+endif()
 find_package(CUDAToolkit REQUIRED)
 
 # CUTLASS, header only: the given folder, else the submodule, else the Python package.

@@ -27,24 +27,40 @@ const NamedType& entry_of(DataType type) {
                        [&](const NamedType& t) { return t.type == type; });
 }
 
-DataType type_of(const char* name, nb::dlpack::dtype dtype) {
+std::optional<DataType> known_type(nb::dlpack::dtype dtype) {
   for (const NamedType& known : kTypes) {
     if (dtype.code == static_cast<uint8_t>(known.code) && dtype.bits == known.bits &&
         dtype.lanes == 1) {
       return known.type;
     }
   }
-  fail(name, ": got a dtype of DLPack code ", int{dtype.code}, " with ", int{dtype.bits},
-       " bits, expected float32, float16, bfloat16, int8, int32 or uint8");
+  return std::nullopt;
+}
+
+bool is_bool(nb::dlpack::dtype dtype) {
+  return dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bool) && dtype.bits == 8 &&
+         dtype.lanes == 1;
+}
+
+std::string name_of(nb::dlpack::dtype dtype) {
+  if (is_bool(dtype)) return "bool";
+  const char* const kinds[] = {"int", "uint", "float", nullptr, "bfloat", "complex"};
+  const std::string bits = std::to_string(dtype.bits);
+  if (dtype.code < std::size(kinds) && kinds[dtype.code] && dtype.lanes == 1)
+    return kinds[dtype.code] + bits;
+  return "a dtype of DLPack code " + std::to_string(dtype.code) + " with " + bits + " bits";
+}
+
+DataType type_of(const char* name, nb::dlpack::dtype dtype) {
+  if (const auto type = known_type(dtype)) return *type;
+  fail(name, ": got ", name_of(dtype),
+       ", expected float32, float16, bfloat16, int8, int32 or uint8");
 }
 
 // One byte per flag; zero is false.
 DataType flag_type_of(const char* name, nb::dlpack::dtype dtype) {
-  const bool is_bool = dtype.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bool);
-  if (is_bool && dtype.bits == 8 && dtype.lanes == 1) return DataType::kBits;
-  const DataType type = type_of(name, dtype);
-  if (type != DataType::kBits) fail(name, ": got ", type_name(type), ", expected uint8 or bool");
-  return type;
+  if (is_bool(dtype) || known_type(dtype) == DataType::kBits) return DataType::kBits;
+  fail(name, ": got ", name_of(dtype), ", expected uint8 or bool");
 }
 
 Device device_of(const char* name, int kind, int ordinal) {

@@ -211,8 +211,32 @@ void translate(const std::exception_ptr& exception, void*) {
   }
 }
 
+// repr and equality as a dataclass has them; as what can change, a shape has no hash.
+template <class Shape>
+void bind_value(nb::class_<Shape>& type, const std::vector<const char*>& fields) {
+  const auto values_of = [fields](nb::handle shape) {
+    nb::dict values;
+    for (const char* field : fields) values[field] = shape.attr(field);
+    return values;
+  };
+  using Handle = nb::handle_t<Shape>;
+  type.def("__repr__", [values_of](Handle self) {
+    nb::list arguments;
+    for (const auto& [name, value] : values_of(self))
+      arguments.append(nb::str("{}={!r}").format(name, value));
+    return nb::str("{}({})").format(self.type().attr("__name__"),
+                                    nb::str(", ").attr("join")(arguments));
+  });
+  type.def(
+      "__eq__",
+      [values_of](Handle self, Handle other) { return values_of(self).equal(values_of(other)); },
+      nb::is_operator());
+  type.attr("__hash__") = nb::none();
+}
+
 void bind_shapes(nb::module_& m) {
-  nb::class_<WeightShape>(m, "WeightShape", "Sizes of a weight tensor.")
+  nb::class_<WeightShape> weight_shape(m, "WeightShape", "Sizes of a weight tensor.");
+  weight_shape
       .def(
           "__init__",
           [](WeightShape* self, int64_t out_channels, int64_t in_channels, int64_t kernel_height,
@@ -225,10 +249,13 @@ void bind_shapes(nb::module_& m) {
       .def_rw("kernel_height", &WeightShape::kernel_height)
       .def_rw("kernel_width", &WeightShape::kernel_width)
       .def_rw("groups", &WeightShape::groups);
+  bind_value(weight_shape,
+             {"out_channels", "in_channels", "kernel_height", "kernel_width", "groups"});
   using Pair = std::pair<int64_t, int64_t>;
   using Quad = std::tuple<int64_t, int64_t, int64_t, int64_t>;
-  nb::class_<Conv2dShape>(m, "Conv2dShape",
-                          "All sizes of a convolution; padding is (top, left, bottom, right).")
+  nb::class_<Conv2dShape> shape(
+      m, "Conv2dShape", "All sizes of a convolution; padding is (top, left, bottom, right).");
+  shape
       .def(
           "__init__",
           [](Conv2dShape* self, int64_t batch, int64_t in_height, int64_t in_width,
@@ -256,6 +283,8 @@ void bind_shapes(nb::module_& m) {
       .def_ro("pad_value", &Conv2dShape::pad_value)
       .def_prop_ro("out_height", &Conv2dShape::out_height)
       .def_prop_ro("out_width", &Conv2dShape::out_width);
+  bind_value(shape, {"batch", "in_height", "in_width", "weight", "stride", "padding", "dilation",
+                     "pad_value"});
 }
 
 void bind_queries(nb::module_& m) {

@@ -311,17 +311,17 @@ struct SignConv2dArguments {
         bias(stack.optional_tensor()),
         residual(stack.optional_tensor()),
         prepared(stack.optional_tensor()),
-        geometry(stack.ints()),
         out_dtype(stack.dtype()),
         mean_scale(stack.flag()),
-        clip(stack.optional_number()) {}
+        clip(stack.optional_number()),
+        geometry(stack.integers(10)) {}
 
   Tensor x, weight;
   std::optional<Tensor> threshold, scale, bias, residual, prepared;
-  Sizes geometry;
   Dtype out_dtype;
   bool mean_scale;
   std::optional<double> clip;
+  Sizes geometry;
 };
 
 // One of the images of bits in (count, N, H, W, bytes).
@@ -381,19 +381,19 @@ struct GradientArguments {
         bits(stack.tensor()),
         weight(stack.tensor()),
         scale(stack.optional_tensor()),
-        geometry(stack.ints()),
         needs_x(stack.flag()),
         needs_weight(stack.flag()),
         masks(stack.flag()),
         limit(stack.optional_number()),
-        dtype(stack.dtype()) {}
+        dtype(stack.dtype()),
+        geometry(stack.integers(10)) {}
 
   Tensor grad, bits, weight;
   std::optional<Tensor> scale;
-  Sizes geometry;
   bool needs_x, needs_weight, masks;
   std::optional<double> limit;
   Dtype dtype;
+  Sizes geometry;
 };
 
 // The shape of the convolution, whose bits were kept.

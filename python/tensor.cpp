@@ -282,6 +282,12 @@ std::vector<int64_t> Stack::ints() {
   return values;
 }
 
+std::vector<int64_t> Stack::integers(int count) {
+  std::vector<int64_t> values;
+  for (int i = 0; i < count; ++i) values.push_back(integer());
+  return values;
+}
+
 std::optional<double> Stack::optional_number() {
   const auto value = optional();
   if (!value) return std::nullopt;

@@ -101,7 +101,8 @@ class Stack {
 
   Tensor tensor() { return Tensor(bits_as<TensorHandle>(*next_++)); }
   std::optional<Tensor> optional_tensor();
-  std::vector<int64_t> ints();
+  std::vector<int64_t> ints();               // Of a list.
+  std::vector<int64_t> integers(int count);  // That follow each other.
   bool flag() { return bits_as<bool>(*next_++); }
   int64_t integer() { return bits_as<int64_t>(*next_++); }
   double number() { return bits_as<double>(*next_++); }

@@ -1,9 +1,11 @@
 """Exact, fast binary (+1/-1) 2-D convolution on any DLPack array.
 
-The functions mirror the C++ library; two of them take several of its steps in one call, for
-training (`sign_conv2d`, `sign_conv2d_operands`). They write into arrays that the caller made
-(`out`), take NumPy, CuPy, JAX or torch arrays alike, and import none of these. `binconv.torch`
-builds operations and modules that take and return tensors on top of them.
+The operations are those of the C++ library. Two functions take several of them in one call, for
+training (`sign_conv2d`, `sign_conv2d_operands`); `sign_values`, `scaled_signs` and `prepare_weight`
+from values are there only as steps of these. All write into arrays that the caller made (`out`),
+take NumPy, CuPy, JAX or torch arrays alike (JAX's, which are immutable, as inputs only), and import
+none of these. `binconv.torch` builds operations and modules that take and return tensors on top of
+them.
 
 Every function takes `threads` for arrays on the CPU (all cores unless given) and requires `stream`,
 a CUDA stream as an int (0 is the default stream), for arrays on a GPU.

@@ -1,7 +1,7 @@
 """Types of the compiled module; the public names are re-exported by `binconv`."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 class Array(Protocol):
     """An array that DLPack can export: NumPy, CuPy, JAX, torch and others."""
@@ -31,6 +31,8 @@ class WeightShape:
         kernel_width: int,
         groups: int = 1,
     ) -> None: ...
+    def __eq__(self, other: object) -> bool: ...
+    __hash__: ClassVar[None]  # type: ignore[assignment]
 
 class Conv2dShape:
     """All sizes of a convolution.
@@ -71,6 +73,8 @@ class Conv2dShape:
     def out_height(self) -> int: ...
     @property
     def out_width(self) -> int: ...
+    def __eq__(self, other: object) -> bool: ...
+    __hash__: ClassVar[None]  # type: ignore[assignment]
 
 def packed_bytes(channels: int) -> int:
     """Bytes of one packed pixel: 16 * ceil(channels / 128)."""

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "conv2d_check.h"
+#include "cuda/architectures.h"
 #include "kernel_table.h"
 #include "test.h"
 
@@ -29,7 +30,7 @@ std::vector<Conv2dShape> sample_shapes() {
   return shapes;
 }
 
-constexpr int kCapabilities[] = {75, 80, 86, 87, 89, 90, 100, 103, 120};
+constexpr int kCapabilities[] = {75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121};
 
 std::vector<Target> targets() {
   std::vector<Target> all = {kPlainCpu, kAvx2Cpu, kAvx512Cpu, kNeonCpu};
@@ -42,17 +43,10 @@ std::string chosen(const Target& target, const char* forced = nullptr) {
   return select_kernel(shape_3x3(1, 64, 8, 8, 64), target, forced).name;
 }
 
-bool has_machine_code(const std::string& architecture) {
-  const std::string all = " " + std::string(cuda_architectures()) + " ";  // " 80-real 90a-real "
-  const auto has = [&](const std::string& name) { return all.find(name) != std::string::npos; };
-  return has(" " + architecture + " ") || has(" " + architecture + "-real ");
-}
-
 // The kernel for that GPU's tensor cores, if the build has it and there is one.
 std::string tensor_core_kernel(int capability) {
-  if (capability == 90 && has_machine_code("90a")) return "cuda_sm90";
-  const bool is_ampere_or_ada = capability == 80 || capability == 86 || capability == 89;
-  return is_ampere_or_ada && has_machine_code("80") ? "cuda_sm80" : "";
+  if (cuda::sm90_runs_on(capability, cuda_architectures())) return "cuda_sm90";
+  return cuda::sm80_runs_on(capability, cuda_architectures()) ? "cuda_sm80" : "";
 }
 
 // Each for a reason of its own.
@@ -97,9 +91,9 @@ TEST(Selection, NoRowRunsOnBothKindsOfDevice) {
     const Context context(kernel->name);
     const bool on_cpu =
         kernel->runs_on(kPlainCpu) || kernel->runs_on(kAvx512Cpu) || kernel->runs_on(kNeonCpu);
-    const bool on_gpu =
-        kernel->runs_on(gpu(75)) || kernel->runs_on(gpu(90)) || kernel->runs_on(gpu(120));
-    CHECK(on_cpu != on_gpu);
+    const bool on_gpu = std::any_of(std::begin(kCapabilities), std::end(kCapabilities),
+                                    [&](int c) { return kernel->runs_on(gpu(c)); });
+    CHECK(!on_cpu || !on_gpu);
   }
 }
 
@@ -180,7 +174,40 @@ TEST(Selection, GpuTakesTheKernelForItsTensorCores) {
     const std::string kernel = tensor_core_kernel(capability);
     CHECK_EQ(chosen(gpu(capability)), kernel.empty() ? "cuda_direct" : kernel);
   }
-  if (has_machine_code("90a")) CHECK_EQ(chosen(gpu(90), "cuda_sm80"), std::string("cuda_sm80"));
+  if (tensor_core_kernel(90) == "cuda_sm90")
+    CHECK_EQ(chosen(gpu(90), "cuda_sm80"), std::string("cuda_sm80"));
+}
+
+TEST(Selection, TensorCoreKernelsRunWhereTheirMachineCodeDoes) {
+  struct Build {
+    const char* architectures;
+    std::set<int> sm80, sm90;
+  };
+  const Build builds[] = {
+      {"75-virtual 80-real 86-real 89-real 90a-real", {80, 86, 89, 90}, {90}},
+      {"80-real 90a-real", {80, 86, 89, 90}, {90}},
+      {"90a-real", {90}, {90}},
+      {"90a", {90}, {90}},
+      {"80", {80, 86, 89}, {}},
+      {"75-virtual 80-real", {80, 86, 89}, {}},
+      {"86", {86, 89}, {}},
+      {"75 86-real", {86, 89}, {}},
+      {"89-real", {89}, {}},
+      {"", {}, {}},
+      {"75", {}, {}},
+      {"80-virtual 86-virtual 90a-virtual", {}, {}},  // PTX, in which the kernels are empty.
+      {"87-real 88-real", {}, {}},
+      {"100a-real 103f-real 120", {}, {}},
+  };
+  for (const Build& build : builds) {
+    for (int capability : kCapabilities) {
+      const Context context(std::string(build.architectures) + " on " + std::to_string(capability));
+      CHECK_EQ(cuda::sm80_runs_on(capability, build.architectures),
+               build.sm80.contains(capability));
+      CHECK_EQ(cuda::sm90_runs_on(capability, build.architectures),
+               build.sm90.contains(capability));
+    }
+  }
 }
 
 TEST(Selection, DirectKernelIsTheFallbackOfEveryGpu) {

@@ -1,6 +1,7 @@
 """binconv on DLPack arrays: every kernel against naive references, and every bad argument."""
 
 import itertools
+import multiprocessing
 import re
 import subprocess
 import sys
@@ -361,6 +362,22 @@ def test_pack_does_not_depend_on_threads(threads):
     out = np.empty_like(x)
     binconv.unpack_bits(expected, out, threads=threads)
     np.testing.assert_array_equal(out, np.where(x >= 0, 1, -1))
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="cannot fork")
+def test_child_of_a_fork_does_not_wait_for_threads_of_its_parent():
+    x = np.random.default_rng(33).standard_normal((8, 256, 56, 56)).astype(np.float32)
+    expected = pack(x, threads=2)
+
+    def compare():
+        np.testing.assert_array_equal(pack(x, threads=2), expected)
+
+    child = multiprocessing.get_context("fork").Process(target=compare)
+    child.start()
+    child.join(60)
+    child.kill()  # One that hangs; its exit code is not 0 then.
+    child.join()
+    assert child.exitcode == 0
 
 
 def test_values_may_lie_at_any_multiple_of_their_size():
@@ -1786,6 +1803,20 @@ def test_bad_argument_is_refused_by_name_and_nothing_is_written(
     assert_message(str(raised.value), name, got)
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    ["float64", "int16", "int64", "uint16", "uint32", "uint64", "bool", "complex64", "complex128"],
+)
+def test_dtype_that_no_argument_has_is_named(dtype):
+    arguments = valid_arguments("pack_bits") | {"x": np.ones((2, 16, 5, 5), dtype)}
+    with pytest.raises(ValueError, match=rf"^x: got {dtype}, expected float32, float16, bfloat16"):
+        call("pack_bits", arguments)
+    if dtype != "bool":
+        arguments = valid_arguments("binary_conv2d") | {"threshold_below": np.ones(8, dtype)}
+        with pytest.raises(ValueError, match=rf"^threshold_below: got {dtype}, expected uint8 or"):
+            call("binary_conv2d", arguments)
+
+
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_read_only_out_is_refused(function):
     arguments = valid_arguments(function)
@@ -1951,6 +1982,28 @@ def test_impossible_shape_is_refused(changes, name):
             run()
         assert_message(str(raised.value), name, "[0-9]")
     out.assert_untouched()
+
+
+def test_shapes_compare_by_value_and_say_how_to_make_them():
+    weight = binconv.WeightShape(8, 16, 3, 1, 2)
+    shape = binconv.Conv2dShape(
+        1, 5, 6, weight, stride=(1, 2), padding=(1, 2, 3, 4), dilation=(2, 1), pad_value=-1
+    )
+    for value in (weight, shape, binconv.Conv2dShape(1, 5, 6, weight)):
+        assert eval(repr(value), vars(binconv)) == value
+        assert value != repr(value)
+        with pytest.raises(TypeError, match="unhashable"):
+            hash(value)
+    assert repr(weight) == (
+        "WeightShape(out_channels=8, in_channels=16, kernel_height=3, kernel_width=1, groups=2)"
+    )
+    assert repr(shape) == (
+        f"Conv2dShape(batch=1, in_height=5, in_width=6, weight={weight!r}, stride=(1, 2), "
+        "padding=(1, 2, 3, 4), dilation=(2, 1), pad_value=-1)"
+    )
+    assert weight != binconv.WeightShape(8, 16, 3, 1)
+    assert shape != binconv.Conv2dShape(1, 5, 6, weight)
+    assert weight != shape
 
 
 @pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 2**200, 1.5, None, "3"])

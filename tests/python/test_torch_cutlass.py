@@ -1,4 +1,4 @@
-"""BinaryConv2dCutlass: its numbers, gradients, order of calls and the old library's files."""
+"""BinaryConv2dCutlass: its numbers, gradients, order of calls and bitorch-engine's files."""
 
 import copy
 import pickle
@@ -13,6 +13,7 @@ from torch import nn
 from binconv.torch import (
     BinaryConv2dCutlass,
     BinaryParameter,
+    Bop,
     load_checkpoint,
     pack_bie_layers,
     prepare_bie_layers,
@@ -165,6 +166,21 @@ def test_scale_a_stays_positive(device):
         (y * y.detach().sign()).sum().backward()  # Pulls the scale down.
         optimizer.step()
     assert torch.all(torch.isfinite(layer.eval()(x)))
+
+
+@pytest.mark.parametrize("spoilt", ["empty", "nan", "inf"])
+def test_a_spoilt_first_batch_does_not_spoil_scale_a(device, spoilt):
+    layer, x = make(device)
+    first = x[:0] if spoilt == "empty" else x.clone()
+    if spoilt != "empty":
+        first[0, 0, 0, 0] = float(spoilt)
+    layer(first).sum().backward()
+    assert layer.scale_a.isfinite()
+    assert layer.scale_a > 0
+    if spoilt == "empty":
+        assert layer.scale_a.grad == 0
+    layer(x)
+    assert layer.scale_a.isfinite()
 
 
 # -------------------------------------------------------------------------------------- gradients
@@ -362,6 +378,46 @@ def test_eval_never_uses_stale_bits(device):
             assert torch.equal(layer.opt_weight.cpu(), expected)
 
 
+def test_steps_of_a_fused_optimizer_are_seen(device):
+    """Which does not count up the version of what it changes."""
+    layer, x = make(device)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    for mode in (True, True, False, False):
+        layer.train(mode)
+        optimizer.zero_grad()
+        layer(x).pow(2).mean().backward()
+        optimizer.step()
+        layer.eval()
+        with torch.no_grad():
+            layer.scale_a.clamp_(min=0.5)
+            assert_is_expected(layer(x), layer, x)
+
+
+def test_an_edit_through_data_counts_from_a_change_of_mode_on(device):
+    layer, x = make(device)
+    layer(x)
+    with torch.no_grad():
+        layer.eval()(x)
+        layer.weight.data.neg_()
+        assert_is_expected(layer.eval()(x), layer, x)
+
+
+def test_qweight_is_not_stale_after_training(device):
+    layer, x = make(device)
+    layer(x)
+    layer.eval().opt_weight  # noqa: B018  Packs.
+    layer.train()
+    assert layer.qweight is None
+    layer.generate_quantized_weight()
+    with torch.no_grad():
+        layer.weight.neg_()
+    state = layer.state_dict()
+    twin, _ = make(device, seed=1)
+    twin.load_state_dict({k: v for k, v in state.items() if k != "weight"})
+    with torch.no_grad():
+        assert_is_expected(twin.eval()(x), layer, x)
+
+
 def test_copies_have_their_own_weights(device):
     for prepared in (False, True):
         layer, x = make(device)
@@ -439,7 +495,7 @@ def trained_network():
 
 
 def old_state(model, form):
-    """The state_dict of the old library's layer with the same signs."""
+    """The state_dict of bitorch-engine's layer with the same signs."""
     state = {}
     for key, value in model.state_dict().items():
         module = model.get_submodule(key.rpartition(".")[0])
@@ -470,6 +526,71 @@ def test_state_dicts_of_the_old_layer_load(form, assign):
         twin(x).square().sum().backward()
         assert twin[1].weight.grad is not None
         assert (twin[1].weight.dtype == torch.int8) == (form != "float")
+
+
+@pytest.mark.parametrize("int8", [False, True], ids=["float", "int8"])
+def test_loading_keeps_the_parameter_that_an_optimizer_has(device, int8):
+    def start(seed):
+        layer, _ = make(device, seed)
+        if int8:
+            layer.prepare_params()
+        weight = layer.weight
+        optimizer = Bop([weight], 0.5, 1e-6) if int8 else torch.optim.SGD([weight], 0.1, 0.9)
+        return layer, optimizer
+
+    def train(layer, optimizer):
+        for _ in range(3):
+            optimizer.zero_grad()
+            layer(x).pow(2).sum().backward()
+            optimizer.step()
+
+    _, x = make(device)
+    layer, optimizer = start(0)
+    train(layer, optimizer)
+    states = copy.deepcopy((layer.state_dict(), optimizer.state_dict()))
+    train(layer, optimizer)
+    twin, other = start(1)
+    parameter = twin.weight
+    twin.load_state_dict(states[0])
+    other.load_state_dict(states[1])
+    assert twin.weight is parameter
+    train(twin, other)
+    assert not torch.equal(layer.weight, states[0]["weight"])
+    for name, value in layer.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value)
+
+
+def test_loading_keeps_type_and_freezing():
+    layer, _ = make()
+    state = layer.state_dict()
+    layer.bfloat16()
+    layer.weight.requires_grad_(False)
+    layer.load_state_dict(state)
+    assert layer.weight.dtype == torch.bfloat16
+    assert not layer.weight.requires_grad
+    layer.reset_parameters()
+    assert layer.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("form", ["weight", "qweight"])
+@pytest.mark.parametrize("trained", ["float", "int8", "packed"])
+def test_a_failed_load_leaves_the_layer_as_it_was(form, trained):
+    layer, x = make()
+    layer(x)
+    if trained != "float":
+        layer.prepare_params()
+    if trained == "packed":
+        layer.generate_quantized_weight(qweight_only=True)
+    other, _ = make(out_channels=4)
+    if form == "qweight":
+        other.generate_quantized_weight(qweight_only=True)
+    with torch.no_grad():
+        before = layer.eval()(x)
+        state = copy.deepcopy(layer.state_dict())
+        with pytest.raises(RuntimeError, match=rf"{form}: got .*expected"):
+            layer.load_state_dict({form: other.state_dict()[form], "bias_a": torch.ones(16)})
+        assert torch.equal(layer(x), before)
+    assert layer.state_dict().keys() == state.keys()
 
 
 def test_strict_loading_names_missing_weights():

@@ -13,7 +13,13 @@ from reference_torch import assert_gradient_is
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from binconv.torch import BinaryConv2d, BitTensor, pack_bits
+from binconv.torch import (
+    BinaryConv2d,
+    BinaryConv2dCutlass,
+    BinaryParameter,
+    BitTensor,
+    pack_bits,
+)
 
 SCALES = ("channel", "tensor", None)
 
@@ -535,7 +541,8 @@ def test_an_optimizer_step_is_seen(device, make):
         optimizer.zero_grad()
         layer(x).pow(2).sum().backward()
         optimizer.step()
-        layer.eval()
+        if mode:
+            layer.eval()
         assert_fresh(layer, x, old)
         old = layer(x)
 
@@ -591,6 +598,21 @@ def test_unpickled_parameters_of_equal_history_are_told_apart(device):
         old = layer(x)
 
 
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("target", ["cpu", "meta"])
+def test_floats_load_into_a_weight_of_signs(target, assign):
+    if target == "meta" and not assign:
+        pytest.skip("nothing to copy into")
+    layer, x = layer_and_input(weight_scale="learnable", padding=1)
+    expected = layer.eval()(x)
+    other = BinaryConv2d(16, 6, 3, padding=1, weight_scale="learnable")
+    other.store_weight_as_int8()
+    other.to(target).load_state_dict(layer.state_dict(), assign=assign)
+    assert isinstance(other.weight, BinaryParameter)
+    for mode in (True, False):
+        assert torch.equal(other.train(mode)(x), expected)
+
+
 def test_two_layers_may_share_a_weight(device):
     layer, x, old = evaluated(device)
     other = BinaryConv2d(16, 6, 3, padding=1, weight_scale=None).to(device).eval()
@@ -634,6 +656,79 @@ def test_a_change_of_device_is_seen():
     edit_negate(layer)
     layer.cpu()
     assert_fresh(layer, x, old)
+
+
+def layers_to_evaluate(device="cuda"):
+    """A layer of each class, with the same signs and not run yet, an input, and the result."""
+    layer, x = layer_and_input(device, padding=1, weight_scale=None, bias=False)
+    cutlass = BinaryConv2dCutlass(16, 6, 3, padding=1, device=device)
+    cutlass.set_weight_data(layer.weight)
+    with torch.no_grad():
+        cutlass.scale_w.fill_(1)
+    expected = reference_torch.conv2d(x, layer.weight, padding=1).float().to(device)
+    return [layer.eval(), cutlass.eval()], x, expected
+
+
+@pytest.mark.gpu
+def test_another_stream_waits_for_the_bits():
+    layers, x, expected = layers_to_evaluate()
+    for layer in layers:
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        results = [copy.deepcopy(layer)(x).detach()]  # What loads all code, which may wait.
+        torch.cuda.synchronize()
+        with torch.cuda.stream(streams[0]), torch.no_grad():
+            torch.cuda._sleep(200_000_000)  # About a tenth of a second.
+            results.append(layer(x))
+        assert not streams[0].query()
+        for stream in streams[1:]:
+            with torch.cuda.stream(stream), torch.no_grad():
+                results.append(layer(x))
+        torch.cuda.synchronize()
+        for y in results:
+            assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+def test_bits_of_a_capture_are_not_taken_for_made():
+    layers, x, expected = layers_to_evaluate()
+    for layer in layers:
+        graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+        results = []
+        for graph in graphs:
+            with torch.no_grad(), torch.cuda.graph(graph):
+                results.append(layer(x))
+        assert torch.equal(layer(x).detach(), expected)
+        for graph, y in reversed([*zip(graphs, results, strict=True)]):
+            graph.replay()
+            assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+def test_a_capture_after_a_call_on_another_stream():
+    layers, x, expected = layers_to_evaluate()
+    for layer in layers:
+        with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
+            layer(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            y = layer(x)
+        graph.replay()
+        assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+def test_compiled_cuda_graphs_see_a_change_of_weight():
+    pytest.importorskip("triton")
+    layers, x, expected = layers_to_evaluate()
+    for layer in layers:
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, mode="reduce-overhead")
+        for sign in (1, -1, 1):
+            for _ in range(4):  # Warms up, records and replays.
+                with torch.no_grad():
+                    assert torch.equal(compiled(x), sign * expected)
+            with torch.no_grad():
+                layer.weight.mul_(-1)
 
 
 def test_a_deep_copy_has_its_own_weights(device):

@@ -201,7 +201,7 @@ def sign_conv2d_no_grad(d):
     if clip is not None:
         clipped = reference.inside_of(array(c.x), array(c.limits), min(clip, 3.4028234e38))
         bits.append(packed(clipped))
-    arguments = *operands, d.choose(None, prepared), c.geometry, dtype, means, clip
+    arguments = *operands, d.choose(None, prepared), dtype, means, clip, *c.geometry
     return arguments, [y.to(dtype), torch.stack(bits), mean]
 
 
@@ -286,7 +286,7 @@ def test_backward_matches_reference(device, fuzz_count, fuzz_seed):
             inside = (c.weight.float().abs() <= min(limit, 3.4028234e38)) | (limit == torch.inf)
             of_weight = torch.where(inside, of_weight * factor.double().view(-1, 1, 1, 1), 0)
         operands = d.laid(grad), unaligned(images.to(device)), d.laid(c.weight), d.laid(scale)
-        arguments = *operands, c.geometry, *needs, masks, limit, weight_dtype
+        arguments = *operands, *needs, masks, limit, weight_dtype, *c.geometry
         before = cloned(arguments)
         results = OPS.sign_conv2d_backward(*arguments)
         assert_same(arguments, before)
@@ -316,7 +316,12 @@ def test_residual_beside_bits_has_the_order_of_its_dimensions(device, channels_l
 
 
 PRELU = ("in_shift", "slope", "out_shift")
-SIZES = [1, 1, 0, 0, 0, 0, 1, 1, 1, 0]
+SIZES = {
+    **dict.fromkeys(("stride_height", "stride_width"), 1),
+    **dict.fromkeys(("pad_top", "pad_left", "pad_bottom", "pad_right"), 0),
+    **{"dilation_height": 1, "dilation_width": 1, "groups": 1, "pad_value": 0},
+}
+GEOMETRY = [8, 16, 3, 3, *SIZES.values()]
 
 
 def good(name, device="cpu"):
@@ -326,9 +331,9 @@ def good(name, device="cpu"):
     bits, weight_bits = OPS.pack_bits(x, 0.0, None), OPS.pack_bits(weight, 0.0, None)
     inputs, outputs = torch.ones(16, device=device), torch.ones(8, device=device)
     given = {"x": x, "weight": weight, "gradient": weight, "bits": bits, "packed": bits}
-    given |= {"rows": 8, "channels": 16, "in_channels": 16, "groups": 1, "limit": 1.0, "clip": 1.0}
+    given |= {"rows": 8, "channels": 16, "in_channels": 16, "limit": 1.0, "clip": 1.0}
     given |= dict.fromkeys(("scale", "bias", *PRELU), outputs) | {"input_threshold": inputs}
-    given |= {"prepared": OPS.prepare_weight(weight_bits, 16, 1), "geometry": [8, 16, 3, 3, *SIZES]}
+    given |= {"prepared": OPS.prepare_weight(weight_bits, 16, 1), "geometry": GEOMETRY, **SIZES}
     given |= {"residual": torch.ones(2, 8, 3, 3, device=device), "channels_last": True}
     given |= {"activation": True, "threshold": 0.0, "dtype": FLOATS[0], "out_dtype": FLOATS[0]}
     if name == "packed_conv2d_with_bits":
@@ -337,9 +342,8 @@ def good(name, device="cpu"):
         "pack_bits": {"channel_threshold": inputs},
         "abs_mean": {"x": weight},
         "prepare_weight": {"packed": weight_bits},
-        "sign_conv2d_no_grad": {"threshold": inputs, "prepared": None, "geometry": SIZES}
-        | {"mean_scale": False},
-        "sign_conv2d_backward": {"bits": torch.stack((bits, bits)), "geometry": SIZES},
+        "sign_conv2d_no_grad": {"threshold": inputs, "prepared": None, "mean_scale": False},
+        "sign_conv2d_backward": {"bits": torch.stack((bits, bits))},
     }
     given["grad"] = given["residual"]
     given |= dict.fromkeys(("needs_x", "needs_weight", "masks"), True)
@@ -374,7 +378,12 @@ WRONG = {
     **dict.fromkeys(("scale", "bias", *PRELU, "channel_threshold", "input_threshold"), COLUMN),
     "threshold_below": COLUMN | {"float32": torch.Tensor.float},
     "prepared": ANY | {"shorter": lambda x: x[1:], "float32": torch.Tensor.float},
-    **dict.fromkeys(("channels", "rows", "in_channels", "groups"), NUMBERS),
+    **dict.fromkeys(("channels", "rows", "in_channels"), NUMBERS),
+    **{
+        name: NUMBERS if n else {"-1": always(-1), "2^31": always(2**31)}
+        for name, n in SIZES.items()
+    },
+    "pad_value": {"2": always(2), "2^32 + 1": always(2**32 + 1)},
     **dict.fromkeys(("clip", "limit"), OTHERS),
     "dtype": DTYPES,
     "out_dtype": {name: dtype for name, dtype in DTYPES.items() if name != "int32"},
@@ -516,7 +525,7 @@ def test_a_gradient_is_released_when_its_padding_finds_no_memory(device):
     before = grad._use_count()
     with pytest.raises(RuntimeError, match="aten::pad"):
         OPS.sign_conv2d_backward(
-            grad, bits, weight, None, geometry, True, True, False, None, torch.float32
+            grad, bits, weight, None, True, True, False, None, torch.float32, *geometry
         )
     assert grad._use_count() == before
 
@@ -529,7 +538,7 @@ def test_calls_of_many_threads_at_a_time_give_the_same(device):
         for operator, arguments, expected in calls:
             assert_same(operator(*arguments), expected)
         with pytest.raises(ValueError, match=r"^geometry: got"):
-            OPS.packed_conv2d_no_grad(**good("packed_conv2d", device) | {"geometry": SIZES})
+            OPS.packed_conv2d_no_grad(**good("packed_conv2d", device) | {"geometry": GEOMETRY[4:]})
 
     threads = torch.get_num_threads()
     try:

@@ -353,6 +353,7 @@ def test_ede_follows_its_schedule():
         (lambda: set_progress(nn.Identity(), -0.1), "progress: got -0.1"),
         (lambda: BinaryConv2d(8, 8, 1, ste="tanh"), "ste: got 'tanh'"),
         (lambda: BinaryConv2d(8, 8, 1, weight_ste=None), "weight_ste: got None"),
+        (lambda: BinaryConv2d(8, 8, 1, ste=type("Own", (Clip,), {})()), r"ste: got Own\("),
         (lambda: RPReLU(0), "channels: got 0"),
         (lambda: RPReLU(4)(torch.ones(2, 3, 5, 5)), r"x: got shape \(2, 3, 5, 5\)"),
     ],
@@ -384,6 +385,26 @@ def test_a_learnable_scale_starts_as_the_mean_magnitude():
         assert torch.equal(layer.scale, layer.weight.abs().mean((1, 2, 3)))
         assert torch.equal(layer.shift, torch.zeros(16))
         layer.reset_parameters()
+
+
+@pytest.mark.parametrize("weight_scale", ["channel", "tensor", "learnable", None])
+def test_reset_parameters_starts_anew(weight_scale):
+    layer = BinaryConv2d(16, 6, 3, weight_scale=weight_scale, input_shift=True)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(7)
+    layer.reset_parameters()
+    assert torch.equal(layer.shift, torch.zeros(16))
+    assert layer.weight.abs().max() <= 144**-0.5
+    if weight_scale == "learnable":
+        assert torch.equal(layer.scale, layer.weight.abs().mean((1, 2, 3)))
+    layer.store_weight_as_int8()
+    with pytest.raises(ValueError, match=r"^weight: got int8, expected floats"):
+        layer.reset_parameters()
+
+
+def test_state_dict_of_a_learnable_scale():
+    layer = BinaryConv2d(16, 6, 3, weight_scale="learnable", input_shift=True)
     assert set(layer.state_dict()) == {"weight", "bias", "scale", "shift"}
 
 
@@ -501,6 +522,14 @@ def test_a_compiled_backward_is_one_operator_and_a_mask_that_a_compiler_fuses(de
         reference_torch.assert_gradient_is(a, b.cpu().double())
 
 
+@pytest.mark.parametrize("name", ["sign_conv2d_no_grad", "sign_conv2d_backward"])
+def test_operators_of_a_training_step_take_no_lists(name):
+    """Inductor's C++ wrapper calls an operator with a list by way of Python in PyTorch 2.11."""
+    schema = getattr(torch.ops.binconv, name).default._schema
+    assert not [a.name for a in schema.arguments if isinstance(a.type, torch.ListType)]
+    assert len(schema.returns) > 1  # Several, and not a list of them.
+
+
 def test_the_function_keeps_bits(device):
     x = torch.randn(2, 64, 14, 14, device=device, requires_grad=True)
     w = torch.randn(8, 64, 3, 3, device=device, requires_grad=True)
@@ -553,6 +582,12 @@ def test_compiled_fullgraph_forward_and_backward(device, options, monkeypatch):
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for got, eager in zip(gradients_of(compiled, x), gradients_of(model, x), strict=True):
         reference_torch.assert_gradient_is(got, eager.cpu().double(), rounding=1e-5)
+
+
+def test_a_schedule_survives_meta(device):
+    layer = BinaryConv2d(16, 8, 3, ste=EDE(0.25), device="meta")
+    layer.to_empty(device=device)
+    assert layer.progress.tolist() == [0.25, 0.0]
 
 
 def test_a_moving_ede_schedule_stays_compiled(device):

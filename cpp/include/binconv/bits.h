@@ -15,9 +15,9 @@
 // channels = in_channels / groups.
 //
 // Pointers to packed data are 16-byte aligned, pointers to values aligned to their element size.
-// Errors: kInvalidArgument for extents that are negative or above 2^31 - 1, arrays of 2^63 bytes
-// and more, a null or misaligned pointer, or a type that the function does not take. A call on no
-// pixels does nothing.
+// Errors: kInvalidArgument for channels below 1, another size below 0, any size but the batch above
+// 2^31 - 1, arrays of 2^63 bytes and more, a null or misaligned pointer, or a type that the
+// function does not take. A call on no pixels does nothing.
 
 namespace binconv {
 
@@ -38,10 +38,11 @@ struct Threshold {
 BINCONV_API void pack_bits(const ImageShape& shape, const void* x, DataType type, Layout layout,
                            const Threshold& threshold, void* packed, const Queue& queue);
 
-// The same, and for the gradient of a clipped straight-through estimator (Hubara et al., 2016,
-// arXiv:1602.02830) in `inside`, packed like `packed`, the bits of |x - threshold| <= limit: with
-// both ends rounded to float32, threshold - limit <= x <= threshold + limit. A GPU reads x once.
-// limit: finite, at least 0; else kInvalidArgument.
+// Does what pack_bits does, and writes to `inside`, in the form of `packed`, the bits of
+// |x - threshold| <= limit: there a clipped straight-through estimator (Hubara et al., 2016,
+// arXiv:1602.02830) lets a gradient through. The test is threshold - limit <= x <= threshold +
+// limit, with both ends rounded to float32. A GPU reads x once. limit: finite, at least 0; else
+// kInvalidArgument.
 BINCONV_API void pack_bits_and_clip(const ImageShape& shape, const void* x, DataType type,
                                     Layout layout, const Threshold& threshold, float limit,
                                     void* packed, void* inside, const Queue& queue);

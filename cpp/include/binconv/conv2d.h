@@ -106,10 +106,10 @@ BINCONV_API void prepare_weight(const WeightShape& shape, const void* packed, vo
 // Scratch memory for one call of prepare_weight on values.
 BINCONV_API int64_t weight_workspace_bytes(const WeightShape& shape, const Queue& queue);
 
-// The same for values, OIHW (kNCHW) or OHWI (kNHWC), of which it takes the bits that pack_bits
-// would make; a GPU does it in one launch. type: kFloat32, kFloat16, kBFloat16 or kInt8. means:
-// [out_channels], takes mean(|weight|) of each filter, as abs_mean computes it, or is null, as it
-// must be for kInt8. workspace: weight_workspace_bytes, 16-byte aligned, or null for none.
+// Prepares a weight of values instead: pack_bits and the function above in one, on a GPU in one
+// launch. weight: OIHW for kNCHW, OHWI for kNHWC. type: kFloat32, kFloat16, kBFloat16 or kInt8.
+// means: [out_channels], takes mean(|weight|) of each filter, as abs_mean computes it, or is null,
+// as it must be for kInt8. workspace: weight_workspace_bytes, 16-byte aligned, or null for none.
 BINCONV_API void prepare_weight(const WeightShape& shape, const void* weight, DataType type,
                                 Layout layout, void* prepared, float* means, void* workspace,
                                 const Queue& queue);
@@ -123,11 +123,12 @@ BINCONV_API int64_t workspace_bytes(const Conv2dShape& shape, const Queue& queue
 // out_channels. input, prepared_weight, workspace and a packed output are 16-byte aligned;
 // workspace may be null if workspace_bytes is 0. Nothing may overlap the output.
 //
-// Errors: kInvalidArgument for extents that are negative or above 2^31 - 1, arrays of 2^63 bytes
-// and more, an empty output, kernel_height * kernel_width * in_channels / groups above 2^30 - 1
-// (the reach of an int32 result), null or misaligned pointers, wrong types, a wrong pad_value, a
-// CUDA device that does not exist and a kernel name that no row has; kNotSupported for a GPU below
-// sm_75, for CUDA in a CPU-only build, and for a kernel that cannot run on the device.
+// Errors: kInvalidArgument for a batch or a pad below 0, another size below 1, any size but the
+// batch above 2^31 - 1 (those of the output, too), groups other than WeightShape says, arrays of
+// 2^63 bytes and more, an empty output, kernel_height * kernel_width * in_channels / groups above
+// 2^30 - 1 (the reach of an int32 result), null or misaligned pointers, wrong types, a wrong
+// pad_value, a CUDA device that does not exist and a kernel name that no row has; kNotSupported for
+// a GPU below sm_75, for CUDA in a CPU-only build, and for a kernel that cannot run on the device.
 BINCONV_API void binary_conv2d(const Conv2dShape& shape, const void* input,
                                const void* prepared_weight, const Epilogue& epilogue, void* output,
                                void* workspace, const Queue& queue);
@@ -149,7 +150,8 @@ BINCONV_API void binary_conv2d(const Conv2dShape& shape, const Values& x,
                                const void* prepared_weight, const Epilogue& epilogue, void* output,
                                void* workspace, const Queue& queue);
 
-// The kernel that binary_conv2d runs for this shape on this queue, such as "cpu_avx2".
+// The kernel that binary_conv2d runs for packed input of this shape on this queue, such as
+// "cpu_avx2". For values, some 1x1 convolutions on a GPU run another.
 BINCONV_API const char* kernel_name(const Conv2dShape& shape, const Queue& queue);
 
 }  // namespace binconv

@@ -5,9 +5,10 @@
 #include "binconv/export.h"
 #include "binconv/types.h"
 
-// The gradients of a binary convolution, but for the two convolutions in them, which are of floats
-// and left to a library for those. With G = dL/dy for y = conv2d(sign(x), sign(W)) * scale, and
-// clipped straight-through estimators (Hubara et al., 2016, arXiv:1602.02830) for both signs:
+// The backward pass of a binary convolution, without its two convolutions: these are of floats and
+// left to a library for floats. For y = conv2d(sign(x), sign(W)) * scale, with G = dL/dy and
+// clipped straight-through estimators (Hubara et al., 2016, arXiv:1602.02830) for both signs, the
+// gradients are
 //
 //     dL/dx = conv_transpose2d(G, scale * sign(W))  where |x| <= limit, else 0
 //     dL/dW = scale * corr(G, sign(x))              where |W| <= limit, else 0

@@ -8,7 +8,7 @@ struct CUstream_st;  // cudaStream_t is a pointer to this; no CUDA header is nee
 
 namespace binconv {
 
-// Element types. kBits is the packed form described in bits.h; it is never a floating-point input.
+// Element types. kBits is the packed form described in bits.h, for outputs of binary_conv2d only.
 enum class DataType { kInt8, kInt32, kFloat32, kFloat16, kBFloat16, kBits };
 
 // Memory order of a dense 4-D array (no gaps, no strides). kBits data is always kNHWC.
@@ -32,7 +32,9 @@ struct ImageShape {
 // On the CPU every pointer argument is host memory and the work is done when the call returns. Up
 // to `threads` threads take part, the calling one among them; small work is left to fewer. The
 // others are OpenMP's where the build has it, so that they are shared with a framework that uses it
-// too, and else live for the call only. Results do not depend on the number of threads.
+// too; without it, and in the child of a fork, they live for the call only. Results do not depend
+// on the number of threads, unless only some of these flush denormals, as after
+// torch.set_flush_denormal: on those, values below float's least normal may count as zero.
 //
 // Any number of threads may call the library at the same time, as long as their outputs and
 // workspaces do not overlap.

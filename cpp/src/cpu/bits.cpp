@@ -8,8 +8,8 @@
 namespace binconv::cpu {
 namespace {
 
-// Bit i of the result is flags[i], each of the 8 being 0 or 1: the product moves byte i to bit 56 +
-// i.
+// Bit i of the result is flags[i], each of the 8 being 0 or 1: the product moves byte i to bit
+// 56 + i.
 uint8_t gather_bits(const uint8_t* flags) {
   if constexpr (std::endian::native == std::endian::little) {
     uint64_t bytes;

@@ -45,8 +45,8 @@ struct Avx2 {
   static constexpr int kWordBytes = 1;
   static constexpr int kLanes = 32;
   static constexpr int kBlock = 64;
-  static constexpr int kRows =
-      4;  // 8 sums, 4 weight vectors, 2 tables and a mask: all 16 registers but one.
+  // 8 sums, 4 weight vectors, 2 tables and a mask: all 16 registers but one.
+  static constexpr int kRows = 4;
 
   static void count(const uint8_t* rows, int64_t row_bytes, const uint8_t* weights,
                     int64_t channels, int32_t (&counts)[kRows][kBlock]) {

@@ -1,30 +1,16 @@
 #include "cpu/parallel.h"
 
 #include <atomic>
-
-#if !defined(_OPENMP)
 #include <system_error>
-#include <thread>
+#include <thread>  // Where threads are POSIX threads, it also declares pthread_atfork.
 #include <vector>
-#endif
 
 namespace binconv::cpu {
 namespace {
 
 // work(worker) on up to `workers` threads, all of which may do all of the work.
-//
-// OpenMP's threads are the process's own: PyTorch runs on the same ones, which between two calls
-// wait for more work on the very cores that threads of ours would need.
-#if defined(_OPENMP)
 template <class Work>
-void run_workers(int workers, const Work& work) {
-  std::atomic<int> count{0};
-#pragma omp parallel num_threads(workers) if (workers > 1)
-  work(count.fetch_add(1, std::memory_order_relaxed));
-}
-#else
-template <class Work>
-void run_workers(int workers, const Work& work) {
+void run_on_new_threads(int workers, const Work& work) {
   std::vector<std::jthread> helpers;
   try {
     for (int worker = 1; worker < workers; ++worker) helpers.emplace_back(work, worker);
@@ -32,6 +18,27 @@ void run_workers(int workers, const Work& work) {
     // No more threads to be had: those that run do all the work.
   }
   work(0);
+}
+
+#if defined(_OPENMP)
+// The child of a fork() has none of the threads that OpenMP still counts on there, whoever started
+// them, and would wait for them for ever.
+bool is_forked = false;
+[[maybe_unused]] const int registered = pthread_atfork(nullptr, nullptr, [] { is_forked = true; });
+
+// OpenMP's threads are the process's own: PyTorch runs on the same ones, which between two calls
+// wait for more work on the very cores that threads of ours would need.
+template <class Work>
+void run_workers(int workers, const Work& work) {
+  if (is_forked) return run_on_new_threads(workers, work);
+  std::atomic<int> count{0};
+#pragma omp parallel num_threads(workers) if (workers > 1)
+  work(count.fetch_add(1, std::memory_order_relaxed));
+}
+#else
+template <class Work>
+void run_workers(int workers, const Work& work) {
+  run_on_new_threads(workers, work);
 }
 #endif
 

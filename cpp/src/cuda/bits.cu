@@ -18,7 +18,7 @@ constexpr int kPackingBlocks = 8;  // On a multiprocessor, each with 8 KiB of lo
 
 using Chunk = Vector<uint32_t, kChunkWords>;
 
-// Whether const or not.
+// An array of values, which may be const.
 template <class T>
 struct Array {
   Array(T* values, int64_t count)

@@ -2,6 +2,7 @@
 #include <cute/arch/copy_sm80.hpp>
 
 #include "check.h"
+#include "cuda/architectures.h"
 #include "cuda/conv2d_pointwise.h"
 #include "cuda/cuda.h"
 #include "cuda/halo.cuh"
@@ -28,7 +29,7 @@ constexpr int kColumnBlocks = kUnitChannels / 8;
 constexpr int kStreamedChannels = 128;
 constexpr int kStreamedRuns = kWarps / kRunUnits / (kStreamedChannels / kUnitChannels);
 
-// Of a unit, as tile_epilogue.cuh wants 16 pixels of it, and 8 columns of ones.
+// A lane's sums of 16 pixels of a unit, as tile_epilogue.cuh wants them; 8 columns are of ones.
 constexpr int kSums = 4 * (kColumnBlocks + 1);
 using Accumulators = int32_t[kRowBlocks][kSums];
 
@@ -309,20 +310,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #endif
 }
 
-// Machine code runs on later minor versions too, but for 8.7, which is Tegra. Later architectures
-// only emulate these instructions.
 bool runs_on(const Target& target) {
-  if (!target.is_cuda) return false;
-  switch (target.compute_capability) {
-    case 80:
-    case 86:
-    case 89:
-      return has_machine_code("80");
-    case 90:
-      return has_machine_code("90a");
-    default:
-      return false;
-  }
+  return target.is_cuda && sm80_runs_on(target.compute_capability, used_architectures());
 }
 
 bool accepts(const Conv2dShape& shape) { return halo_accepts(shape, kSm80Limits); }

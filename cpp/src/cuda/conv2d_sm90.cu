@@ -12,6 +12,7 @@
 #include <cute/arch/copy_sm90_tma.hpp>
 
 #include "check.h"
+#include "cuda/architectures.h"
 #include "cuda/conv2d_pointwise.h"
 #include "cuda/cuda.h"
 #include "cuda/halo.cuh"
@@ -470,7 +471,7 @@ __global__ void __launch_bounds__(kThreads<kChannels>, 1)
 }
 
 bool runs_on(const Target& target) {
-  return target.is_cuda && target.compute_capability == 90 && has_machine_code("90a");
+  return target.is_cuda && sm90_runs_on(target.compute_capability, used_architectures());
 }
 
 // cuTensorMapEncodeTiled, without linking the driver's library.

@@ -14,16 +14,16 @@
 
 namespace binconv::cuda {
 
-int compute_capability(
-    int device);  // 10 * major + minor; throws for an ordinal that does not exist.
+// 10 * major + minor; throws for an ordinal that does not exist.
+int compute_capability(int device);
 int multiprocessors(int device);
 int shared_bytes(int device);  // That one thread block can have.
 std::vector<CudaDevice> devices();
 int64_t no_workspace(const Conv2dShape&, const Queue&);  // For rows of the kernel table.
 
-// Whether machine code of the library is there for an architecture such as "90a", and used: where
-// not, the body of a kernel that needs it is empty.
-bool has_machine_code(std::string_view architecture);
+// cuda_architectures(), or "" where the driver is told to compile all from PTX, in which bodies of
+// kernels for tensor cores may be empty.
+std::string_view used_architectures();
 // Whether the code that a device runs waits by itself for the kernel in front of it.
 bool kernels_wait(int device);
 

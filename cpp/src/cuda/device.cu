@@ -1,8 +1,8 @@
-#include <algorithm>
 #include <cstdlib>
 #include <string>
 
 #include "check.h"
+#include "cuda/architectures.h"
 #include "cuda/cuda.h"
 #include "cuda/launch.cuh"
 
@@ -38,26 +38,14 @@ int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCoun
 
 int shared_bytes(int device) { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
 
-bool has_machine_code(std::string_view architecture) {
-  // Then the driver compiles from PTX, in which the bodies of these kernels are empty.
+std::string_view used_architectures() {
   const char* forces_ptx = std::getenv("CUDA_FORCE_PTX_JIT");
-  if (forces_ptx && *forces_ptx == '1') return false;
-  const std::string_view all = cuda_architectures();  // "80-real 90a-real 75-virtual"
-  for (size_t start = 0; start < all.size();) {
-    const size_t end = std::min(all.find(' ', start), all.size());
-    const std::string_view name = all.substr(start, end - start);
-    if (name.starts_with(architecture)) {
-      const std::string_view kind = name.substr(architecture.size());
-      if (kind.empty() || kind == "-real") return true;
-    }
-    start = end + 1;
-  }
-  return false;
+  return forces_ptx && *forces_ptx == '1' ? "" : cuda_architectures();
 }
 
 bool kernels_wait(int device) {
-  static const bool has_code = has_machine_code("90a");
-  return has_code && compute_capability(device) == 90;
+  static const bool has_wait = has_code(used_architectures(), "90a");
+  return has_wait && compute_capability(device) == 90;
 }
 
 int64_t no_workspace(const Conv2dShape&, const Queue&) { return 0; }

@@ -29,7 +29,7 @@ constexpr int kMostChannels = 128;  // Of a thread block.
 struct HaloLimits {
   int multiprocessors;
   int shared_bytes;  // That one thread block can have.
-  // That a block multiplies at once: of 128 channels, of fewer, of streamed weights.
+  // Runs that a block multiplies at once: with 128 channels, with fewer, with streamed weights.
   int wide_runs, narrow_runs, streamed_runs;
   int least_channels;  // Of a thread block: 32 or 64.
   int ones;            // Columns of ones behind the weights of a block, in which the bits of the
@@ -44,7 +44,7 @@ struct HaloLimits {
 
 constexpr int kLeastStages = 2;
 
-// Of the kernels, on the least of the GPUs that they run on.
+// What the kernels bring, on the least of the GPUs that they run on.
 extern const HaloLimits kSm90Limits, kSm80Limits;
 
 struct AxisShape {

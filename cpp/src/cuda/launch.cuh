@@ -18,8 +18,8 @@ namespace binconv::cuda {
 
 inline void check_cuda(cudaError_t error, const char* operation) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // The exception reports it; the application's next check must not find it
-                       // again.
+  // The exception reports it; the application's next check must not find it again.
+  cudaGetLastError();
   fail(Status::kCudaError, operation, ": ", cudaGetErrorString(error));
 }
 

@@ -167,10 +167,10 @@ def _convolve(tensors: Sequence[Any], others: Sequence[Any]) -> Any:
         bias,
         residual,
         prepared,
-        geometry,
         out_dtype,
         mean_scale,
         ste_parameter if ste == Clip.name else None,
+        *geometry,
     )
 
 
@@ -231,11 +231,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             bits,
             weight,
             scale,
-            ctx.geometry,
             *needs,
             masks,
             limit if finishes else None,
             dtype,
+            *ctx.geometry,
         )
     if needs[0] and not masks:
         # Named after the operator, not after every step, a fused kernel's name stays within the 150
@@ -285,10 +285,12 @@ def _sign_gradients(
     bits: Tensor,
     weight: Tensor,
     scale: Tensor | None,
-    geometry: Sequence[int],
     needs_x: bool,
     needs_weight: bool,
-    *_: Any,
+    masks: bool,
+    limit: float | None,
+    dtype: torch.dtype,
+    *geometry: int,
 ) -> tuple[Any, Any]:
     """What ops.sign_conv2d_backward computes without masks and limit, to be differentiated."""
     stride, (top, left, bottom, right), dilation, groups, pad_value = ops.geometry_parts(geometry)

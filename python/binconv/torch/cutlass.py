@@ -1,4 +1,4 @@
-"""The layer that binconv took over: BinaryConv2dCutlass, with its files."""
+"""BinaryConv2dCutlass, the layer of bitorch-engine, with its files."""
 
 from __future__ import annotations
 
@@ -50,14 +50,19 @@ class BinaryConv2dCutlass(nn.Module):
             `generate_quantized_weight(qweight_only=True)`.
         qweight: None, or the signs of weight as uint8: value i of weight in row-major order is bit
             i % 8, least significant first, of byte i // 8, and 1 stands for +1. The shape is
-            (O, KH, KW, I / 8) as the old library wrote it, which is its container's shape only, or
+            (O, KH, KW, I / 8) as bitorch-engine wrote it, which is its container's shape only, or
             one dimension where 8 does not divide I.
         bias_a: (I,). scale_a: a number, 0 until first use and at least 2^-20 from then on, kept so
             by every forward in training. scale_w: a number, not trained.
         bits_binary_word: 8, the bits in a value of qweight.
         opt_weight: weight in training, qweight in eval.
 
-    weight and qweight always have the same signs. A layer that only has qweight does not train.
+    A call that makes or saves qweight packs the signs that weight has then; train() drops it,
+    unless it is all there is. A layer that only has qweight does not train.
+
+    scale_a is a number without dimensions, as in bitorch-engine, so fully_shard wants it and
+    scale_w among its `ignored_params`. Its gradient counts the values of one process: averaged over
+    N processes, it is sqrt(N) times that of one process with all of the images.
     """
 
     def __init__(
@@ -99,7 +104,7 @@ class BinaryConv2dCutlass(nn.Module):
 
     def reset_parameters(self) -> None:
         """A new float weight, uniform as nn.Conv2d's; bias_a and scale_a 0, scale_w 1."""
-        weight = torch.empty(self._weight_shape, device=self.bias_a.device, dtype=self.dtype)
+        weight = self.bias_a.new_empty(self._weight_shape)
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
         self._set_weight(nn.Parameter(weight))
         with torch.no_grad():
@@ -178,6 +183,14 @@ class BinaryConv2dCutlass(nn.Module):
             self.weight = None
             self._leaf_of_weight()
 
+    def train(self, mode: bool = True) -> BinaryConv2dCutlass:
+        """As nn.Module.train; all bits are made anew."""
+        super().train(mode)
+        self._kept = None
+        if mode and self.weight is not None:
+            self.qweight = None
+        return self
+
     def set_bits_binary_word(self, num_bit: int) -> None:
         """Takes 8, the bits in a value of qweight; raises ValueError for another number."""
         if num_bit != 8:
@@ -217,14 +230,13 @@ class BinaryConv2dCutlass(nn.Module):
         tensor = self.qweight if self.weight is None else self.weight
         assert tensor is not None
         can_keep = not torch.compiler.is_compiling() and not tensor.is_inference()
-        if can_keep and self._kept is not None and self._kept[0].is_still(tensor):
+        if can_keep and self._kept is not None and self._kept[0].serves(tensor):
             return self._kept[1]
-        source = ops.Source(tensor) if can_keep else None
         values = self._signs() if self.weight is None else self.weight.detach()
         packed = ops.pack_bits(values, 0.0, None)
         prepared: Tensor = ops.prepare_weight(packed, self.in_channels, 1)
-        if source is not None:
-            self._kept = source, prepared
+        if can_keep and not ops.is_captured(tensor):
+            self._kept = ops.Source(tensor), prepared
         return prepared
 
     # ------------------------------------------------------------------------------------ forward
@@ -295,9 +307,11 @@ class BinaryConv2dCutlass(nn.Module):
     def _start_scale(self, x: Tensor) -> None:
         with torch.no_grad():
             if not self._scale_is_set:
-                start = (2 if self.symmetric else 4) * x.detach().float().abs().mean()
+                finite = x.detach().float().abs().nan_to_num(0, 0).sum() / max(x.numel(), 1)
+                start = (2 if self.symmetric else 4) * finite
                 self.scale_a.copy_(torch.where(self.scale_a == 0, start, self.scale_a))
-                self._scale_is_set = True
+                if not torch.compiler.is_compiling():  # A graph looks at scale_a each time.
+                    self._scale_is_set = True
             self.scale_a.clamp_(min=LEAST_SCALE)
 
     def _activation_scale(self) -> Tensor:
@@ -310,27 +324,62 @@ class BinaryConv2dCutlass(nn.Module):
 
     # -------------------------------------------------------------------------------------- files
 
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        if self.weight is not None and self.qweight is not None:
+            self.generate_quantized_weight()  # As the weight may have changed.
+        super()._save_to_state_dict(*arguments)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *arguments: Any
     ) -> None:
-        """Takes the forms that the state has: a float or int8 weight, qweight, or both."""
+        """Takes the forms that the state has: a float or int8 weight, qweight, or both.
+
+        A weight of the same form stays the same parameter, and where an error is, all stays.
+        """
         weight, qweight = state_dict.get(f"{prefix}weight"), state_dict.get(f"{prefix}qweight")
-        device = self.bias_a.device
+        if wrong := [*self._wrong_sizes(prefix, weight, qweight)]:
+            arguments[-1].extend(wrong)  # The errors that load_state_dict raises.
+            return
         if weight is not None or qweight is not None:
-            self._set_weight(None)
-        if weight is not None:
-            values = torch.empty(self._weight_shape, dtype=self.dtype, device=device)
-            is_int8 = weight.dtype == torch.int8
-            self.weight = BinaryParameter(values) if is_int8 else nn.Parameter(values)
-        if qweight is not None:
-            shape = qweight.shape if qweight.numel() == self._packed_size() else (0,)
-            bits = torch.empty(shape, dtype=torch.uint8, device=device)
-            self.qweight = nn.Parameter(bits, requires_grad=False)
+            self._take_forms(weight, qweight)
+        if isinstance(self.weight, BinaryParameter) and weight is not None:
+            # Signs, whatever the file's integers.
+            state_dict = {**state_dict, f"{prefix}weight": BinaryParameter(weight).data}
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         self._scale_is_set = False
+        self._kept = None
         self._restore_parameter()
-        if isinstance(self.weight, BinaryParameter):
-            self.weight.copy_(BinaryParameter(self.weight))  # Signs, whatever the file's integers.
+        if self.weight is not None and self.qweight is not None:
+            self.generate_quantized_weight()
+
+    def _wrong_sizes(
+        self, prefix: str, weight: Tensor | None, qweight: Tensor | None
+    ) -> Iterator[str]:
+        if weight is not None and weight.shape != self._weight_shape:
+            yield (
+                f"{prefix}weight: got shape {tuple(weight.shape)}, expected "
+                f"{tuple(self._weight_shape)}"
+            )
+        if qweight is not None and qweight.numel() != self._packed_size():
+            yield (
+                f"{prefix}qweight: got {qweight.numel()} bytes, expected {self._packed_size()} for "
+                f"a weight of shape {tuple(self._weight_shape)}"
+            )
+
+    def _take_forms(self, weight: Tensor | None, qweight: Tensor | None) -> None:
+        """Makes room for what comes."""
+        if weight is None:
+            self.weight = None
+        elif self.weight is None or (self.weight.dtype == torch.int8) != (
+            weight.dtype == torch.int8
+        ):
+            values = self.bias_a.new_empty(self._weight_shape)
+            is_int8 = weight.dtype == torch.int8
+            self.weight = BinaryParameter(values) if is_int8 else nn.Parameter(values)
+        self.qweight = None
+        if qweight is not None:
+            bits = torch.empty(qweight.shape, dtype=torch.uint8, device=self.bias_a.device)
+            self.qweight = nn.Parameter(bits, requires_grad=False)
 
     def _restore_parameter(self) -> None:
         """PyTorch replaces a parameter by a plain one when it assigns to or converts a module."""
@@ -381,7 +430,7 @@ class _QuantizedSign(torch.autograd.Function):
         of_scale = grad * (sign - torch.where(inside, v / scale, 0.0))
         passed = torch.where(inside, grad, 0.0)
         of_bias = passed.sum((0, 2, 3)).to(bias.dtype)
-        return passed.to(x.dtype), of_bias, of_scale.sum() / math.sqrt(v.numel()), None
+        return passed.to(x.dtype), of_bias, of_scale.sum() / math.sqrt(max(v.numel(), 1)), None
 
 
 def _shifted(x: Tensor, bias: Tensor) -> Tensor:
@@ -446,7 +495,7 @@ def save_checkpoint(model: nn.Module, name: str | Path, qweight_only: bool = Tru
 def load_checkpoint(
     model: nn.Module, checkpoint_path: str | Path, qweight_only: bool = True
 ) -> None:
-    """Loads a file of `save_checkpoint`, of this or the old library, strictly and without code.
+    """Loads a file of `save_checkpoint`, here or in bitorch-engine, strictly and without code.
 
     qweight_only: whether the BinaryConv2dCutlass layers shall keep packed weights only. False
         needs a file with weights.

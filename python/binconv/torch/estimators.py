@@ -16,6 +16,8 @@ from .ops import memoized
 class Estimator:
     """A function g for backward: d sign(v) / dv is taken as g(v).
 
+    Those of this module are all there are: compiled operators know them by their names.
+
     Attributes:
         name: what BinaryConv2d calls it.
         parameter: the number that shapes g.
@@ -175,11 +177,12 @@ def estimator(value: str | Estimator, argument: str = "ste") -> Estimator:
     value: an Estimator, or "clip", "approx_sign", "ede", "swish_sign" or "identity".
     argument: what to call the value in an error.
     """
-    if isinstance(value, Estimator):
+    if isinstance(value, Estimator) and type(value) in _CLASSES.values():
         return value
     if not isinstance(value, str) or value not in _CLASSES:
+        kinds = ", ".join(kind.__name__ for kind in _CLASSES.values())
         names = ", ".join(map(repr, _CLASSES))
-        raise ValueError(f"{argument}: got {value!r}, expected an Estimator or one of {names}")
+        raise ValueError(f"{argument}: got {value!r}, expected a {kinds} or one of {names}")
     return _CLASSES[value]()
 
 

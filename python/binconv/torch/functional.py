@@ -313,9 +313,7 @@ def _convolve(
         )
     geometry = ops.flat_geometry(*sizes.geometry)
     y: Tensor
-    y, *_ = ops.sign_conv2d_no_grad(
-        x, weight, None, *factors, None, geometry, dtype, mean_scale=False, clip=None
-    )
+    y, *_ = ops.sign_conv2d_no_grad(x, weight, None, *factors, None, dtype, False, None, *geometry)
     return y
 
 

@@ -33,8 +33,9 @@ class BinaryConv2d(nn.Conv2d):
     convolution keeps x. In eval mode it keeps its weight as prepared bits, made anew whenever the
     weight has changed: by an optimizer, load_state_dict, an in-place edit, another parameter,
     another device. Only an edit through `weight.data` is hidden from PyTorch; it counts from the
-    next call of train() or eval() on; call one of them after fully_shard, too. Both modes compute
-    the same numbers.
+    next call of train() or eval() on; call one of them after fully_shard, too. A captured CUDA
+    graph reads the bits that were there: capture anew after such a change. Both modes compute the
+    same numbers.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as for
@@ -131,8 +132,10 @@ class BinaryConv2d(nn.Conv2d):
 
     def reset_parameters(self) -> None:
         """As nn.Conv2d; scale becomes mean(|weight|) of each filter, shift zero."""
+        if not self.weight.is_floating_point():
+            raise ValueError("weight: got int8, expected floats, as signs have no distribution")
         super().reset_parameters()
-        if "scale" in self._parameters:  # Not yet while nn.Conv2d is being constructed.
+        if hasattr(self, "shift"):  # Not yet while nn.Conv2d is being constructed.
             self._reset_scale_and_shift()
 
     def _reset_scale_and_shift(self) -> None:
@@ -309,10 +312,28 @@ class BinaryConv2d(nn.Conv2d):
 
     def _apply(self, fn: Any, recurse: bool = True) -> BinaryConv2d:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.weight.dtype == torch.int8 and not isinstance(self.weight, BinaryParameter):
-            self.weight = BinaryParameter(self.weight)  # Converting made it a plain parameter.
+        self._restore_parameter()
+        progress = self._first_progress()
+        if self.progress is not None and progress is not None:
+            self.progress.copy_(progress)  # to_empty does not keep it.
         self._allocate()
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *arguments: Any
+    ) -> None:
+        """As nn.Module's; of floats, a weight of signs takes the signs."""
+        key = f"{prefix}weight"
+        if isinstance(self.weight, BinaryParameter) and key in state_dict:
+            state_dict = {**state_dict, key: BinaryParameter(state_dict[key]).data}
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        self._restore_parameter()
+
+    def _restore_parameter(self) -> None:
+        """PyTorch replaces a parameter by a plain one when it assigns to or converts a module."""
+        if self.weight.dtype == torch.int8 and not isinstance(self.weight, BinaryParameter):
+            self.weight = BinaryParameter(self.weight)
+            self._allocate()
 
     def train(self, mode: bool = True) -> BinaryConv2d:
         """As nn.Module.train; the prepared bits are made anew."""

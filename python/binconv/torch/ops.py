@@ -4,7 +4,9 @@ Their kernels are those of the extension module, which PyTorch calls without Pyt
 schemas, what they make of shapes alone, and gradients. Sizes are lists of ints in the order of the
 C++ library: stride and dilation (height, width), padding (top, left, bottom, right); operators take
 them in one list, `geometry` (flat_geometry), behind a weight's shape where none is given
-(packed_geometry). An `out_dtype` of None stands for packed bits.
+(packed_geometry). Those of a training step take its numbers one by one, at their end: Inductor's
+C++ wrapper calls an operator with a list by way of Python in PyTorch 2.11. An `out_dtype` of None
+stands for packed bits.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import register_flop_formula
 
 import binconv
@@ -153,17 +156,18 @@ def _refresh_weight(
 ) -> None:
     """Rewrites prepared (and scale, unless it is empty) if they are not made from this weight.
 
-    The stamp, an empty tensor on the CPU, remembers what they are made from.
+    The stamp, an empty tensor on the CPU, remembers what they are made from. In a CUDA graph they
+    are rewritten at each replay.
     """
     with _refreshing:  # Else one thread could rewrite what another one already uses.
-        source: Source | None = getattr(stamp, "_binconv_source", None)
-        if source is not None and source.is_still(weight):
+        captured = is_captured(weight)
+        if not captured and _serves(stamp, weight):
             return
         prepared.copy_(prepare_weight(pack_bits(weight, 0.0, None), weight.shape[1], groups))
         if scale.numel():
             scale.copy_(abs_mean(weight, scale.numel() if per_channel else 1))
-        source = None if weight.is_inference() else Source(weight)  # Inference keeps no version.
-        stamp._binconv_source = source  # type: ignore[attr-defined]
+        keeps = not (captured or weight.is_inference())  # Inference keeps no version.
+        stamp._binconv_source = Source(weight) if keeps else None  # type: ignore[attr-defined]
 
 
 _refreshing = threading.Lock()
@@ -171,8 +175,17 @@ _refreshing = threading.Lock()
 
 def is_fresh(stamp: Tensor, weight: Tensor) -> bool:
     """Whether refresh_weight would do nothing; in a trace, which must hold it, it always may."""
-    source: Source | None = getattr(stamp, "_binconv_source", None) if _is_plain_state() else None
-    return source is not None and source.is_still(weight)
+    return _is_plain_state() and _serves(stamp, weight)
+
+
+def _serves(stamp: Tensor, weight: Tensor) -> bool:
+    source: Source | None = getattr(stamp, "_binconv_source", None)
+    return source is not None and source.serves(weight)
+
+
+def is_captured(x: Tensor) -> bool:
+    """Whether what is computed from x now goes into a CUDA graph and runs later."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class _Identity:
@@ -183,23 +196,61 @@ class _Identity:
 
 
 class Source:
-    """What a weight was at one time: which tensor, in which memory, at which version."""
+    """What a weight was at one time: which tensor, in which memory, at which version.
+
+    It is made behind what is computed from the weight, on the stream that computes it.
+    """
 
     def __init__(self, weight: Tensor) -> None:
+        _watch_fused_optimizers()
         if not hasattr(weight, "_binconv_identity"):
             weight._binconv_identity = _Identity()  # type: ignore[attr-defined]
         self.identity = weight._binconv_identity  # type: ignore[attr-defined]
         self.version = weight._version
         self.memory = weight.detach()  # Kept, so that nothing else can lie at its address.
         self.address = weight.data_ptr()
+        self.event: torch.cuda.Event | None = None
+        if weight.is_cuda:
+            self.stream = _raw_stream(weight.device)
+            self.event = torch.cuda.current_stream(weight.device).record_event()
 
-    def is_still(self, weight: Tensor) -> bool:
-        """Whether it is this weight now; not one made in inference mode."""
-        return (
+    def serves(self, weight: Tensor) -> bool:
+        """Whether it is this weight now, which was not made in inference mode.
+
+        If so, the current stream goes on when what was computed from it is there.
+        """
+        if not (
             getattr(weight, "_binconv_identity", None) is self.identity
             and weight._version == self.version
             and weight.data_ptr() == self.address
-        )
+        ):
+            return False
+        # A capture cannot wait for what lies before it, but starts when the GPU has done that.
+        if (
+            self.event is not None
+            and self.stream != _raw_stream(weight.device)
+            and not is_captured(weight)
+        ):
+            torch.cuda.current_stream(weight.device).wait_event(self.event)
+        return True
+
+
+@functools.cache
+def _watch_fused_optimizers() -> None:
+    """Gives what they step a new version, which PyTorch 2.10 to 2.13 forget."""
+    register_optimizer_step_post_hook(_count_fused_steps)
+
+
+def _count_fused_steps(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            kept = [p for p in group["params"] if hasattr(p, "_binconv_identity")]
+            torch.autograd.graph.increment_version(kept)
+
+
+def _raw_stream(device: torch.device) -> int:
+    handle: int = torch._C._cuda_getCurrentRawStream(device.index)
+    return handle
 
 
 def packed_geometry(weight_shape: Sequence[int], *geometry: Any) -> tuple[int, ...]:
@@ -300,10 +351,10 @@ def _fake_sign_conv2d_no_grad(
     bias: Tensor | None,
     residual: Tensor | None,
     prepared: Tensor | None,
-    geometry: Sequence[int],
     out_dtype: torch.dtype,
     mean_scale: bool,
     clip: float | None,
+    *geometry: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result; bits (1 or 2, N, H, W, bytes), of x >= threshold and |x - threshold| <= clip."""
     batch, _, *in_sizes = x.shape
@@ -318,12 +369,12 @@ def _fake_sign_conv2d_backward(
     bits: Tensor,
     weight: Tensor,
     scale: Tensor | None,
-    geometry: Sequence[int],
     needs_x: bool,
     needs_weight: bool,
     masks: bool,
     limit: float | None,
     dtype: torch.dtype,
+    *geometry: int,
 ) -> tuple[Tensor, Tensor]:
     """convT(grad, scale * sign(weight)) in channels_last and corr(grad, sign(x)) in that of weight.
 
@@ -345,7 +396,6 @@ def _flops_of_backward(
     bits: Sequence[int],
     weight: Sequence[int],
     scale: Any,
-    geometry: Any,
     needs_x: bool,
     needs_weight: bool,
     *_: Any,
@@ -447,6 +497,10 @@ _CONV2D = (
     "Tensor? in_shift=None, Tensor? slope=None, Tensor? out_shift=None, "
     "float threshold=0.0, Tensor? channel_threshold=None, Tensor? threshold_below=None"
 )
+_GEOMETRY = (
+    "int stride_height, int stride_width, int pad_top, int pad_left, int pad_bottom, "
+    "int pad_right, int dilation_height, int dilation_width, int groups, int pad_value"
+)
 
 register_operators()
 pack_bits = define(
@@ -481,14 +535,14 @@ values_conv2d = define(
 )
 sign_conv2d_no_grad = define(
     "sign_conv2d_no_grad(Tensor x, Tensor weight, Tensor? threshold, Tensor? scale, Tensor? bias, "
-    "Tensor? residual, Tensor? prepared, int[10] geometry, ScalarType out_dtype, bool mean_scale, "
-    "float? clip) -> (Tensor, Tensor, Tensor)",
+    "Tensor? residual, Tensor? prepared, ScalarType out_dtype, bool mean_scale, float? clip, "
+    f"{_GEOMETRY}) -> (Tensor, Tensor, Tensor)",
     _fake_sign_conv2d_no_grad,
 )
 sign_conv2d_backward = define(
-    "sign_conv2d_backward(Tensor grad, Tensor bits, Tensor weight, Tensor? scale, "
-    "int[10] geometry, bool needs_x, bool needs_weight, bool masks, float? limit, "
-    "ScalarType dtype) -> (Tensor, Tensor)",
+    "sign_conv2d_backward(Tensor grad, Tensor bits, Tensor weight, Tensor? scale, bool needs_x, "
+    f"bool needs_weight, bool masks, float? limit, ScalarType dtype, {_GEOMETRY}) "
+    "-> (Tensor, Tensor)",
     _fake_sign_conv2d_backward,
 )
 register_flop_formula(torch.ops.binconv.sign_conv2d_backward)(_flops_of_backward)

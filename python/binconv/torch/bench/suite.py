@@ -81,10 +81,9 @@ def layers(pattern: str, batches: Sequence[int]) -> list[Layer]:
     suite = json.loads((Path(__file__).parent / "suite.json").read_text())
     found = []
     for group, rows in suite.items():
-        if group in ("about", "roofline"):
+        if group == "about":
             continue
         for row in rows:
-            row.pop("count", None)
             layer = Layer(group, **{"batch": 0, **row})
             if re.search(pattern, f"{group}/{layer.name}"):
                 own = [layer] if layer.batch else [replace(layer, batch=n) for n in batches]
