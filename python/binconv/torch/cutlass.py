@@ -244,7 +244,8 @@ class BinaryConv2dCutlass(nn.Module):
     def set_activation(self, x: Tensor) -> Tensor:
         """X + bias_a; in training, scale_a starts at 2 mean(|x|), or 4 mean(|x|) if not symmetric.
 
-        It starts once, where it is 0, on the device. In eval nothing changes.
+        It starts once, where it is 0, on the device; NaN and infinities count as 0, and an empty x
+        starts nothing. In eval nothing changes.
         """
         self._check_input(x)
         if self.training:
@@ -305,10 +306,12 @@ class BinaryConv2dCutlass(nn.Module):
         check_device("bias_a", self.bias_a, x.device)
 
     def _start_scale(self, x: Tensor) -> None:
+        if not x.numel():  # Nothing to start from.
+            return
         with torch.no_grad():
             if not self._scale_is_set:
-                finite = x.detach().float().abs().nan_to_num(0, 0).sum() / max(x.numel(), 1)
-                start = (2 if self.symmetric else 4) * finite
+                mean = x.detach().float().abs().nan_to_num(0, 0).mean()
+                start = (2 if self.symmetric else 4) * mean
                 self.scale_a.copy_(torch.where(self.scale_a == 0, start, self.scale_a))
                 if not torch.compiler.is_compiling():  # A graph looks at scale_a each time.
                     self._scale_is_set = True
