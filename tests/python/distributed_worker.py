@@ -115,6 +115,38 @@ def one_byte_weights(rank, world, device):
     return copy.copy(model.state_dict())
 
 
+def scaled_one_byte_weights(rank, world, device):
+    """With GradScaler and clipping, and in step 1 an infinite gradient on the last rank alone."""
+    model = store_weights_as_int8(network()).to(device)
+    wrapped = DistributedDataParallel(model) if world > 1 else model
+    bop = Bop(
+        list(binary_parameters(model)),
+        0.5,
+        0.25,
+        process_group=dist.group.WORLD if world > 1 else None,
+    )
+    sgd = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 2.0**-6)
+    scaler = torch.amp.GradScaler(torch.device(device).type, init_scale=8.0)
+    x, target = share(rank, world, device)
+    if rank == world - 1:
+        target[1, -1] = torch.inf
+    norms = []
+    for images, factors in zip(x, target, strict=True):
+        for optimizer in (bop, sgd):
+            optimizer.zero_grad()
+        loss = (wrapped(images) * factors).sum() * (4 / len(images))
+        scaler.scale(loss).backward()
+        bop.average_gradients()
+        for optimizer in (bop, sgd):
+            scaler.unscale_(optimizer)
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0**20))
+        for optimizer in (bop, sgd):
+            scaler.step(optimizer)
+        scaler.update()
+    scale = torch.tensor(scaler.get_scale())
+    return model.state_dict() | {"scale": scale, "norms": torch.stack(norms)[[0, 2]]}
+
+
 def main():
     rank, world, device, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
     torch.set_num_threads(1)
@@ -131,7 +163,7 @@ def main():
         )
     results = {
         function.__name__: {k: v.cpu() for k, v in function(rank, world, device).items()}
-        for function in (data_parallel, fully_sharded, one_byte_weights)
+        for function in (data_parallel, fully_sharded, one_byte_weights, scaled_one_byte_weights)
     }
     torch.save(results, Path(folder) / f"{rank}_of_{world}.pth")
     if world > 1:

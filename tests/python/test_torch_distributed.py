@@ -49,7 +49,9 @@ def run(request, tmp_path_factory):
     return [torch.load(folder / name, weights_only=True) for name in names]
 
 
-@pytest.mark.parametrize("way", ["data_parallel", "fully_sharded", "one_byte_weights"])
+@pytest.mark.parametrize(
+    "way", ["data_parallel", "fully_sharded", "one_byte_weights", "scaled_one_byte_weights"]
+)
 def test_two_processes_train_the_weights_of_one(results, way):
     one, *two = (result[way] for result in results)
     assert {"0.weight", "0.bias", "0.shift", "1.weight"} <= set(one)
@@ -71,5 +73,7 @@ def test_training_changed_the_weights(results):
     outputs = [results[0]["fully_sharded"][f"output {i}"] for i in range(3)]
     assert not torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[1], outputs[2])
-    flipped = results[0]["one_byte_weights"]["0.weight"] != (start["0.weight"] >= 0) * 2 - 1
-    assert flipped.any()
+    for way in ("one_byte_weights", "scaled_one_byte_weights"):
+        flipped = results[0][way]["0.weight"] != (start["0.weight"] >= 0) * 2 - 1
+        assert flipped.any()
+    assert results[0]["scaled_one_byte_weights"]["scale"] == 4  # One step was skipped.

@@ -132,6 +132,24 @@ def test_compiled_layers_give_weights_of_one_byte_their_gradient(device, kind, c
     reference_torch.assert_gradient_is(got, expected, rounding=1e-5)
 
 
+def test_a_compiled_layer_is_evaluated_after_zero_grad(device):
+    """With gradients left on int8 weights PyTorch refuses to trace."""
+    model = int8_network(device)
+    optimizers = optimizers_of(model)
+    x, labels = data(device)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        F.cross_entropy(compiled(x), labels).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        model.eval()
+        with torch.no_grad():
+            assert torch.allclose(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+        model.train()
+
+
 def test_moving_a_model_keeps_weights_and_gradients_of_one_byte(device):
     model = int8_network()
     x, labels = data()
@@ -264,6 +282,66 @@ def test_resuming_from_a_checkpoint_is_bit_exact(device):
     assert all(torch.equal(value, expected[key]) for key, value in twin.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_bop_resumes_to_the_bit_whatever_type_the_weights_have(dtype):
+    g = torch.Generator().manual_seed(0)
+    grads = torch.randn(8, 50, generator=g).to(dtype)
+
+    def some_steps(weight, optimizer, grads):
+        for grad in grads:
+            weight.grad = grad.clone()
+            optimizer.step()
+
+    weight = torch.ones(50, dtype=dtype).requires_grad_()
+    optimizer = Bop([weight], 0.3, 0.01)
+    some_steps(weight, optimizer, grads[:4])
+    twin = weight.detach().clone().requires_grad_()
+    resumed = Bop([twin], 0.3, 0.01)
+    buffer = io.BytesIO()
+    torch.save(optimizer.state_dict(), buffer)
+    buffer.seek(0)
+    resumed.load_state_dict(torch.load(buffer, weights_only=True))
+    some_steps(weight, optimizer, grads[4:])
+    some_steps(twin, resumed, grads[4:])
+    averages = [o.state[w]["average"] for o, w in ((optimizer, weight), (resumed, twin))]
+    assert averages[1].dtype == torch.float32
+    assert torch.equal(*averages)
+    assert torch.equal(weight, twin)
+    assert not torch.equal(weight, torch.ones_like(weight))
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        resumed.load_state_dict({"state": {}, "param_groups": []})
+    assert not resumed._optimizer_load_state_dict_pre_hooks
+
+
+def test_copies_of_bop_take_steps():
+    weight = BinaryParameter(torch.ones(4))
+    optimizer = Bop([weight], 1.0, 0.0)
+    for twin in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert twin.process_group is None
+        (copied,) = twin.param_groups[0]["params"]
+        assert copied is not weight
+        copied.grad = torch.ones(4)
+        twin.step()
+        assert copied.tolist() == [-1] * 4
+    assert weight.tolist() == [1] * 4
+    both = copy.deepcopy({"weight": weight, "optimizer": optimizer})
+    assert both["optimizer"].param_groups[0]["params"][0] is both["weight"]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+def test_copies_of_bop_have_its_process_group(tmp_path):
+    dist = torch.distributed
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        optimizer = Bop([BinaryParameter(torch.ones(4))], process_group=dist.group.WORLD)
+        for twin in (copy.deepcopy(optimizer), copy.copy(optimizer)):
+            assert twin.process_group is dist.group.WORLD
+        with pytest.raises(TypeError, match=r"pickle.*ProcessGroup"):
+            pickle.dumps(optimizer)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_grad_scaler_and_gradient_clipping(device):
     model = int8_network(device)
     x, labels = data(device)
@@ -338,6 +416,26 @@ def test_convert_takes_layers_of_other_libraries():
     x = torch.randn(2, 8, 7, 7)
     expected = reference_torch.conv2d(x, model[0].weight, stride=2, padding=1)
     assert torch.equal(model[0](x).double(), expected)
+
+
+def test_convert_takes_layers_with_and_without_a_bias():
+    class QConv2d(nn.Module):
+        def __init__(self, bias):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 8, 3, 3))
+            self.bias = bias
+
+    def converted(bias):
+        layer = QConv2d(bias)
+        return convert(layer, {QConv2d: {}}, keep_first=False, keep_last=False)
+
+    parameter = nn.Parameter(torch.randn(4))
+    assert converted(parameter).bias is parameter
+    assert converted(None).bias is None
+    assert converted(False).bias is None
+    for bias in (True, 0, torch.zeros(4)):
+        with pytest.raises(ValueError, match=r"layers: got '' \(QConv2d\) with a bias.*expected"):
+            converted(bias)
 
 
 def test_convert_refuses_what_it_cannot_do():

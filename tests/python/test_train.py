@@ -5,6 +5,7 @@ And the benchmark of training steps, which shares its network.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,23 +116,44 @@ def test_the_command_trains_reports_and_resumes(tmp_path, capsys):
     assert "Resumed after epoch 1 of 1" in capsys.readouterr().out
     assert main([*arguments, "--epochs", "2", "--resume"]) == 1
     assert "--epochs: got 2, expected 1 as in" in capsys.readouterr().err
-    (output / "checkpoint.pth").write_bytes(b"torn")
-    assert main([*arguments, "--epochs", "1", "--resume"]) == 1
-    assert "is no checkpoint" in capsys.readouterr().err
+    checkpoint = output / "checkpoint.pth"
+    whole = torch.load(checkpoint, weights_only=True)
+    for write in (lambda: checkpoint.write_bytes(b"torn"), lambda: torch.save({}, checkpoint)):
+        write()
+        assert main([*arguments, "--epochs", "1", "--resume"]) == 1
+        assert "is no checkpoint" in capsys.readouterr().err
+
+    # Of other kinds, without an entry, and of another network.
+    settings = whole["settings"]
+    without = [{k: v for k, v in whole.items() if k != key} for key in whole]
+    partial = {"settings": {k: v for k, v in settings.items() if k != "batch"}}
+    bad = [[1, 2], torch.ones(3), {"settings": None}, whole | partial, *without]
+    bad += [whole | {"network": {}}, whole | {"optimizer": {}}, whole | {"optimizer": None}]
+    bad += [whole | {"history": None}, whole | {"history": [{"loss": 1.0}]}]
+    for content in bad:
+        torch.save(content, checkpoint)
+        assert main([*arguments, "--epochs", "1", "--resume"]) == 1
+        error = capsys.readouterr().err
+        assert f"--resume: got {checkpoint}, which is no checkpoint" in error
+        assert error.count("\n") == 1
     arguments[-1] = str(tmp_path / "nowhere")
     assert main([*arguments, "--resume"]) == 1
     assert "--resume: got no" in capsys.readouterr().err
 
 
-def test_folders_of_images_are_data(tmp_path):
+def write_images(folder):
     from PIL import Image
 
     for part, count in (("train", 3), ("test", 2)):
         for label, colour in (("dark", 10), ("light", 250)):
-            (tmp_path / part / label).mkdir(parents=True)
+            (folder / part / label).mkdir(parents=True)
             for i in range(count):
                 image = Image.new("RGB", (20 + i, 30), (colour, colour, colour))
-                image.save(tmp_path / part / label / f"{i}.png")
+                image.save(folder / part / label / f"{i}.png")
+
+
+def test_folders_of_images_are_data(tmp_path):
+    write_images(tmp_path)
     (tmp_path / "train" / "notes.txt").write_text("not a class")
     data = train.load(str(tmp_path), torch.device("cpu"))
     assert data.classes == 2
@@ -140,6 +162,20 @@ def test_folders_of_images_are_data(tmp_path):
     assert data.train.images[0].unique().tolist() == pytest.approx([10 / 127.5 - 1])
     with pytest.raises(demo.DemoError, match=r"--data: got .*expected"):
         train.load(str(tmp_path / "train"), torch.device("cpu"))
+
+
+def test_what_is_no_image_and_what_is_missing_is_said(tmp_path):
+    write_images(tmp_path)
+    image = tmp_path / "test" / "dark" / "0.png"
+    content = image.read_bytes()
+    for broken in (b"some text", content[:40], b""):
+        image.write_bytes(broken)
+        with pytest.raises(demo.DemoError, match=rf"--data: got {re.escape(str(image))}, expected"):
+            train.load(str(tmp_path), torch.device("cpu"))
+    image.write_bytes(content)
+    (tmp_path / "test" / "light").rename(tmp_path / "elsewhere")
+    with pytest.raises(demo.DemoError, match=r"--data: got no images in \S*light, expected"):
+        train.load(str(tmp_path), torch.device("cpu"))
 
 
 # ----------------------------------------------------------------------------- network, benchmark

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,7 +22,10 @@ class BinaryParameter(nn.Parameter):
 
     Known to: optimizers (`grad`, `zero_grad`), GradScaler, clip_grad_norm_, deepcopy, pickle and
     Module.to. Not known to: DistributedDataParallel and fully_shard, as `requires_grad` is False;
-    there `Bop(process_group=...)` averages the gradients.
+    there `Bop(process_group=...)` averages the gradients, and fully_shard wants
+    `ignored_params=set(binary_parameters(model))`. torch.compile refuses to trace a tensor with a
+    gradient of another type: set gradients to None before what may trace anew, by `zero_grad()`
+    after `step()`, say, and before the first evaluation.
 
     Args:
         data: any real tensor; values >= 0 become +1, others, NaN included, -1.
@@ -77,7 +81,7 @@ class Bop(torch.optim.Optimizer):
     adapts faster, a larger threshold flips less. There is no learning rate; to calm training down,
     lower gamma as others lower the learning rate. m takes four bytes a weight.
 
-    The old library's DiodeMix keeps l = beta1 l + (1 - beta1) g and
+    DiodeMix of bitorch-engine keeps l = beta1 l + (1 - beta1) g and
     s = beta2 s + (1 - beta2) lr sign(l), and sets w to -sign(s). Bop with gamma = 1 - beta1 and
     threshold 0 sets w to -sign(l); the second average only delays a flip, by about
     |s| / ((1 - beta2) lr) steps of one sign, which is what the threshold does here.
@@ -87,7 +91,9 @@ class Bop(torch.optim.Optimizer):
         gamma: from 0 to 1.
         threshold: at least 0.
         process_group: if given, gradients are averaged over it before they are used: needed for
-            BinaryParameters, which DistributedDataParallel leaves out, and for nothing else.
+            BinaryParameters, which DistributedDataParallel leaves out, and for nothing else. A deep
+            copy has the same group; an optimizer with one cannot be pickled, its state_dict can.
+            With GradScaler or clip_grad_norm_ call `average_gradients()` first.
 
     Beside it, any optimizer for the float parameters:
 
@@ -107,6 +113,30 @@ class Bop(torch.optim.Optimizer):
         super().__init__(params, {"gamma": gamma, "threshold": threshold})
         self.process_group = process_group
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"process_group": self.process_group}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bop:
+        memo[id(self.process_group)] = self.process_group
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As for any optimizer; the averages stay float32, whatever type the weights have."""
+        given: dict[str, Any] = {}
+        hook = self.register_load_state_dict_pre_hook(lambda _, state: given.update(state))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        # PyTorch has cast them to the type of the weights.
+        for saved, group in zip(given["param_groups"], self.param_groups, strict=True):
+            for key, weight in zip(saved["params"], group["params"], strict=True):
+                if key in given["state"]:
+                    average = given["state"][key]["average"]
+                    self.state[weight]["average"] = average.to(weight.device, torch.float32)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As for any optimizer; a group may have its own gamma and threshold."""
         gamma = param_group.get("gamma", self.defaults["gamma"])
@@ -118,12 +148,31 @@ class Bop(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     @torch.no_grad()
+    def average_gradients(self) -> None:
+        """Averages the gradients over the process group; without one it does nothing.
+
+        step() does so by itself. Call it after backward, before whatever decides by the gradients:
+        GradScaler's unscale_ and step, as a rank that alone met an infinite gradient would skip the
+        step that the others wait for it in, and clip_grad_norm_, which would take each rank's own
+        norm. step() then averages what is the same everywhere already, which is harmless.
+        """
+        if self.process_group is None:
+            return
+        size = torch.distributed.get_world_size(self.process_group)
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    torch.distributed.all_reduce(weight.grad, group=self.process_group)
+                    weight.grad.div_(size)
+
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Flips; returns what the closure, if any, returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.average_gradients()
         for group in self.param_groups:
             for weight in group["params"]:
                 if weight.grad is not None:
@@ -133,12 +182,9 @@ class Bop(torch.optim.Optimizer):
     def _flip(self, weight: Tensor, gamma: float, threshold: float) -> None:
         grad = weight.grad
         assert grad is not None
-        if self.process_group is not None:
-            torch.distributed.all_reduce(grad, group=self.process_group)
-            grad.div_(torch.distributed.get_world_size(self.process_group))
         state = self.state[weight]
         if not state:
-            state["average"] = torch.zeros(weight.shape, device=weight.device)
+            state["average"] = torch.zeros_like(weight, dtype=torch.float32)
         average = state["average"].lerp_(grad.float(), gamma)
         agrees = torch.where(weight >= 0, average > threshold, average < -threshold)
         # The negative of a float zero would be one, whose sign is +1 as well.

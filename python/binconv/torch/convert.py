@@ -27,9 +27,9 @@ def convert(
 ) -> nn.Module:
     """Replaces convolutions of a model by BinaryConv2d, in place, and returns it.
 
-    A new layer takes over the very parameters weight (O, I / groups, KH, KW) and bias, the mode,
-    and the attributes stride, padding, dilation, groups, padding_mode and pad_value as far as the
-    old one has them. Hooks of the old layer are lost.
+    A new layer takes over the very parameters weight (O, I / groups, KH, KW) and bias (None and
+    False are no bias), the mode, and the attributes stride, padding, dilation, groups, padding_mode
+    and pad_value as far as the old one has them. Hooks of the old layer are lost.
 
     Args:
         model: any module; a model that is itself a convolution is replaced, so use what is
@@ -83,7 +83,7 @@ def _binary(old: nn.Module, name: str, options: dict[str, Any]) -> BinaryConv2d:
             "4 dimensions"
         )
     found = {key: getattr(old, key) for key in _ARGUMENTS if hasattr(old, key)}
-    bias = getattr(old, "bias", None)
+    bias = _bias(old, name)
     arguments = {**found, **options}
     groups = int(arguments.get("groups", 1))
     out_channels, in_channels, kernel_height, kernel_width = weight.shape
@@ -104,6 +104,18 @@ def _binary(old: nn.Module, name: str, options: dict[str, Any]) -> BinaryConv2d:
         with torch.no_grad():
             new.scale.copy_(weight.abs().mean((1, 2, 3)))
     return new.train(old.training)
+
+
+def _bias(old: nn.Module, name: str) -> nn.Parameter | None:
+    bias = getattr(old, "bias", None)
+    if bias is None or bias is False:  # Some libraries keep the argument under this name.
+        return None
+    if not isinstance(bias, nn.Parameter):
+        raise ValueError(
+            f"layers: got {name!r} ({type(old).__name__}) with a bias of type "
+            f"{type(bias).__name__}, expected a parameter, None or False"
+        )
+    return bias
 
 
 def store_weights_as_int8(model: nn.Module) -> nn.Module:

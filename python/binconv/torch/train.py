@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -171,19 +172,33 @@ class Trainer:
     def load(self, path: Path) -> None:
         """Takes a checkpoint of a run with the same settings."""
         try:
-            content = torch.load(path, weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(content, dict):
+                raise TypeError(f"a {type(content).__name__}")
+            self._check_settings(content["settings"], path)
+            self._take(content)
+        except DemoError:
+            raise
         except FileNotFoundError:
             raise DemoError(f"--resume: got no {path}, expected one of an earlier run") from None
-        except Exception as error:  # Whatever bytes of another kind make the reader stumble over.
-            raise DemoError(f"--resume: got {path}, which is no checkpoint: {error}") from error
-        settings: dict[str, Any] = content["settings"]
+        except Exception as error:  # Whatever content of another kind makes a reader stumble over.
+            reason = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+            message = f"--resume: got {path}, which is no checkpoint of such a run ({reason})"
+            raise DemoError(message) from error
+
+    def _check_settings(self, settings: dict[str, Any], path: Path) -> None:
         for name, value in self.settings._asdict().items():
             if settings[name] != value:
                 raise DemoError(f"--{name}: got {value}, expected {settings[name]} as in {path}")
+
+    def _take(self, content: dict[str, Any]) -> None:
         self.network.load_state_dict(content["network"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.schedule.load_state_dict(content["schedule"])
-        self.history = content["history"]
+        self.history = [
+            {name: float(entry[name]) for name in ("loss", "accuracy")}
+            for entry in content["history"]
+        ]
 
 
 def correct(network: nn.Module, data: Digits) -> int:
@@ -214,20 +229,27 @@ def _channels_last(data: Digits) -> Digits:
 
 
 def _read(folder: Path, classes: list[str], device: torch.device) -> Digits:
+    images, labels = [], []
+    for label, name in enumerate(classes):
+        files = sorted((folder / name).glob("*"))
+        found = [_read_image(path) for path in files if path.suffix.lower() in SUFFIXES]
+        if not found:
+            raise DemoError(f"--data: got no images in {folder / name}, expected some")
+        images += found
+        labels += [label] * len(found)
+    return Digits(torch.stack(images).to(device), torch.tensor(labels, device=device))
+
+
+def _read_image(path: Path) -> Tensor:
     from matplotlib.image import pil_to_array
     from PIL import Image
 
-    images, labels = [], []
-    for label, name in enumerate(classes):
-        for path in sorted((folder / name).glob("*")):
-            if path.suffix.lower() in SUFFIXES:
-                size = (SIZE["folder"],) * 2
-                pixels = pil_to_array(Image.open(path).convert("RGB").resize(size))
-                images.append(torch.tensor(pixels).permute(2, 0, 1).float() / 127.5 - 1)
-                labels.append(label)
-    if not images:
-        raise DemoError(f"--data: got no images in {folder}/CLASS, expected some")
-    return Digits(torch.stack(images).to(device), torch.tensor(labels, device=device))
+    try:
+        with Image.open(path) as image:
+            pixels = pil_to_array(image.convert("RGB").resize((SIZE["folder"],) * 2))
+    except Exception as error:  # PIL has one of its own for every format.
+        raise DemoError(f"--data: got {path}, expected an image ({error})") from error
+    return torch.tensor(pixels).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def learning_curve(history: list[dict[str, float]]) -> Figure:
