@@ -32,10 +32,10 @@ class BinaryConv2d(nn.Conv2d):
     that pass the signs by estimators (see `sign_conv2d`), keeping bits for backward where a float
     convolution keeps x. In eval mode it keeps its weight as prepared bits, made anew whenever the
     weight has changed: by an optimizer, load_state_dict, an in-place edit, another parameter,
-    another device. Only an edit through `weight.data` is hidden from PyTorch; it counts from the
-    next call of train() or eval() on; call one of them after fully_shard, too. A captured CUDA
-    graph reads the bits that were there: capture anew after such a change. Both modes compute the
-    same numbers.
+    another device. Only an edit through `weight.data` and a compiled step of a fused optimizer are
+    hidden from PyTorch; they count from the next call of train() or eval() on; call one of them
+    after fully_shard, too. A captured CUDA graph reads the bits that were there: capture anew after
+    such a change. Both modes compute the same numbers.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as for
